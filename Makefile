@@ -1,0 +1,25 @@
+# make demo   set up, pre-train a small Pixio on rendered scenes, and measure what it learnt (CPU or GPU)
+# make test   set up and run all tests          make lint   set up and check the style
+# PYTHON=python3.12 make ... chooses the interpreter the environment is made with.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint
+demo: .venv/installed
+	$(BIN)/python demo.py
+
+test: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Pixio needs Python >= 3.10, but $(PYTHON) is $$($(PYTHON) --version); set PYTHON=python3.12, say" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@

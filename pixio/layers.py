@@ -1,0 +1,125 @@
+"""The layers of Pixio's encoder and decoder: plain pre-norm transformer blocks, with only the options Pixio
+uses.
+
+Letters: B images, H x W pixels, N patches, T tokens, D width. Parameter names follow timm and MAE
+(https://github.com/huggingface/pytorch-image-models, https://github.com/facebookresearch/mae), so that
+released files load as they are.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6
+
+
+class PatchEmbed(nn.Module):
+    """Cut images into square patches and project each: [B, C, H, W] -> [B, N, D], patches row by row."""
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.proj(images)  # [B, D, H/p, W/p]
+        return tokens.flatten(2).transpose(1, 2)  # [B, N, D]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, [B, T, D] -> [B, T, D]; the fused projection holds q, k, v in this order."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"width {dim} is not divisible by {num_heads} heads")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # 3 x [B, heads, T, D/heads]
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))  # [B, T, D]
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact (erf) GELU between them, [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, drop a branch per image, rescale the others to keep the mean."""
+
+    def __init__(self, probability: float):
+        super().__init__()
+        if not 0 <= probability < 1:
+            raise ValueError(f"drop_path {probability} is not in [0, 1)")
+        self.probability = probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.probability == 0:
+            return x
+        keep = 1 - self.probability
+        alive = x.new_empty(x.shape[0], 1, 1).bernoulli_(keep)
+        return x * (alive / keep)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def init_weights(module: nn.Module) -> None:
+    """Initialise one layer as MAE does; use with `Module.apply`.
+
+    Linear layers and the patch projection (seen as the matrix [D, C*p*p]) are Xavier-uniform with zero bias;
+    LayerNorm starts as the identity, which is torch's default.
+    """
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
+        nn.init.zeros_(module.bias)
+
+
+def resize_positions(
+    positions: Tensor, n_cls: int, old_grid: tuple[int, int], new_grid: tuple[int, int]
+) -> Tensor:
+    """Resize the patch part of a position embedding to another grid; the class part is kept.
+
+    Bicubic, `align_corners=False`, no antialiasing, computed in float32. The native grid is returned
+    untouched.
+
+    Args:
+        positions: [1, n_cls + h*w, D], class positions first, then the patches row by row.
+        n_cls: number of class tokens.
+        old_grid: (h, w) in patches.
+        new_grid: (h', w') in patches.
+
+    Returns:
+        [1, n_cls + h'*w', D], in the dtype of `positions`.
+    """
+    if old_grid == new_grid:
+        return positions
+    patches = positions[:, n_cls:].unflatten(1, old_grid).permute(0, 3, 1, 2).float()  # [1, D, h, w]
+    patches = F.interpolate(patches, size=new_grid, mode="bicubic", align_corners=False)  # [1, D, h', w']
+    patches = patches.flatten(2).transpose(1, 2).to(positions.dtype)  # [1, h'*w', D]
+    return torch.cat([positions[:, :n_cls], patches], dim=1)  # [1, n_cls + h'*w', D]

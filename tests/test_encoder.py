@@ -1,0 +1,245 @@
+"""The encoder: sizes, initialisation, the features contract, and two independent oracles."""
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from transformers import PixioConfig, PixioModel
+
+import pixio
+from pixio import PixioViT
+
+SMALL = {"img_size": 64, "embed_dim": 48, "depth": 4, "num_heads": 3, "n_cls_tokens": 3}
+
+
+def random_encoder(**options) -> PixioViT:
+    """An encoder whose biases and norms are random too, so that nothing is compared at a neutral value."""
+    torch.manual_seed(0)
+    model = PixioViT(**{**SMALL, **options}).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("pixio_vitb16", 85_855_488),
+        ("pixio_vitl16", 303_377_408),
+        ("pixio_vith16", 631_013_120),
+        ("pixio_vit1b16", 1_361_515_008),
+        ("pixio_vit5b16", 5_440_939_008),
+    ],
+)
+def test_released_sizes_have_the_published_parameter_counts(name, count):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in pixio.create_model(name).parameters()) == count
+
+
+def test_released_keys_are_exactly_these():
+    block = [
+        *("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"),
+        *("attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias"),
+        *("mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias"),
+    ]
+    expected = {
+        "cls_token",
+        "pos_embed",
+        "patch_embed.proj.weight",
+        "patch_embed.proj.bias",
+        "norm.weight",
+        "norm.bias",
+    }
+    expected |= {f"blocks.{i}.{key}" for i in range(4) for key in block}
+    assert set(PixioViT(**SMALL).state_dict()) == expected
+
+
+def xavier_bound(weight: torch.Tensor) -> float:
+    rows = weight.flatten(1)
+    return (6 / (rows.shape[0] + rows.shape[1])) ** 0.5
+
+
+def test_initialisation_has_the_stated_statistics():
+    torch.manual_seed(0)
+    model = pixio.pixio_vits16()
+    weights = [model.patch_embed.proj.weight] + [
+        w
+        for b in model.blocks
+        for w in (b.attn.qkv.weight, b.attn.proj.weight, b.mlp.fc1.weight, b.mlp.fc2.weight)
+    ]
+    for weight in weights:
+        bound = xavier_bound(weight)
+        assert weight.abs().max() <= bound
+        assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.01)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert parameter.eq(0).all(), name
+        if "norm" in name and name.endswith("weight"):
+            assert parameter.eq(1).all(), name
+    assert model.cls_token.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.02)
+
+
+def transformers_twin(model: PixioViT) -> PixioModel:
+    """The same weights in transformers' PixioModel."""
+    config = PixioConfig(
+        hidden_size=model.embed_dim,
+        num_hidden_layers=len(model.blocks),
+        num_attention_heads=model.num_heads,
+        image_size=model.img_size[0],
+        patch_size=model.patch_size,
+        n_cls_tokens=model.n_cls_tokens,
+    )
+    twin = PixioModel(config).eval()
+    source, state = model.state_dict(), twin.state_dict()
+    renamed = {
+        "embeddings.cls_token": "cls_token",
+        "embeddings.position_embeddings": "pos_embed",
+        "embeddings.patch_embeddings.projection": "patch_embed.proj",
+        "layernorm_before": "norm1",
+        "layernorm_after": "norm2",
+        "attention.o_proj": "attn.proj",
+        "layernorm": "norm",
+        "layers": "blocks",
+    }
+    for key in state:
+        ours = key
+        for theirs, own in renamed.items():
+            ours = ours.replace(theirs, own)
+        for i, part in enumerate(("q_proj", "k_proj", "v_proj")):
+            if f"attention.{part}" in ours:
+                state[key] = source[ours.replace(f"attention.{part}", "attn.qkv")].chunk(3)[i]
+                break
+        else:
+            state[key] = source[ours]
+    twin.load_state_dict(state, strict=True)
+    return twin
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 64), (128, 32), (112, 176)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"embed_dim": 64, "depth": 6, "num_heads": 4, "n_cls_tokens": 8},
+        {"n_cls_tokens": 1, "img_size": 96},
+    ],
+)
+@torch.inference_mode()
+def test_every_block_equals_the_transformers_model(size, options):
+    model = random_encoder(**options)
+    images = torch.randn(2, 3, *size)
+    expected = transformers_twin(model)(images, output_hidden_states=True)
+    features = model(images)
+    assert len(features) == len(model.blocks) == len(expected.hidden_states) - 1
+    for ours, theirs in zip(features, expected.hidden_states[1:], strict=True):
+        tokens = torch.cat([ours["cls_tokens"], ours["patch_tokens"]], dim=1)
+        torch.testing.assert_close(tokens, theirs, atol=1e-5, rtol=0)
+    last = torch.cat([features[-1]["cls_tokens_norm"], features[-1]["patch_tokens_norm"]], dim=1)
+    torch.testing.assert_close(last, expected.last_hidden_state, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        features[-1]["cls_tokens_norm"].mean(dim=1), expected.pooler_output, atol=1e-5, rtol=0
+    )
+
+
+@torch.inference_mode()
+def test_timm_vit_with_registers_gives_the_same_features():
+    model = random_encoder(n_cls_tokens=8)
+    twin = VisionTransformer(
+        img_size=64,
+        patch_size=16,
+        embed_dim=48,
+        depth=4,
+        num_heads=3,
+        num_classes=0,
+        reg_tokens=7,
+        global_pool="",
+    )
+    state = model.state_dict()
+    tokens = state.pop("cls_token") + state["pos_embed"][:, :8]
+    state["cls_token"], state["reg_token"] = tokens[:, :1], tokens[:, 1:]
+    state["pos_embed"] = torch.cat([torch.zeros(1, 8, 48), state["pos_embed"][:, 8:]], dim=1)
+    twin.load_state_dict(state, strict=True)
+    images = torch.randn(2, 3, 64, 64)
+    ours = model(images, block_ids=[-1])[0]
+    tokens = torch.cat([ours["cls_tokens_norm"], ours["patch_tokens_norm"]], dim=1)
+    torch.testing.assert_close(tokens, twin.eval().forward_features(images), atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_block_ids_are_honoured_in_the_order_asked():
+    model = random_encoder()
+    images = torch.randn(1, 3, 64, 64)
+    every = model(images)
+    for ids in ([0], [-1], [2, 0], [-1, 1], []):
+        chosen = model(images, block_ids=ids)
+        assert len(chosen) == len(ids)
+        for features, i in zip(chosen, ids, strict=True):
+            for key, value in features.items():
+                assert torch.equal(value, every[i][key])
+
+
+@torch.inference_mode()
+def test_forward_stops_after_the_last_block_wanted_and_norms_only_what_is_asked():
+    model = random_encoder()
+    calls = []
+    model.norm.register_forward_hook(lambda *_: calls.append("norm"))
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda *_, i=i: calls.append(i))
+    model(torch.randn(1, 3, 64, 64), block_ids=[2, 0])
+    assert calls == [0, "norm", 1, 2, "norm"]
+
+
+def test_unknown_block_is_refused_with_the_range():
+    with pytest.raises(ValueError, match=r"\[4\].*4 blocks.*-4 to 3"):
+        random_encoder()(torch.zeros(1, 3, 64, 64), block_ids=[4])
+
+
+@pytest.mark.parametrize("size", [(64, 70), (8, 64), (0, 64)])
+def test_sizes_the_patch_does_not_divide_are_refused_with_a_remedy(size):
+    with pytest.raises(ValueError, match=r"multiples of the patch size 16.*e\.g\. to"):
+        random_encoder()(torch.zeros(1, 3, *size))
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 64, 64), (3, 64, 64)])
+def test_wrong_image_shape_is_refused(shape):
+    with pytest.raises(ValueError, match=r"expected \[B, 3, H, W\]"):
+        random_encoder()(torch.zeros(shape))
+
+
+@torch.inference_mode()
+def test_other_patch_sizes_image_sizes_and_channels_work():
+    model = PixioViT(img_size=(56, 28), patch_size=14, in_chans=5, embed_dim=32, depth=1, num_heads=2)
+    assert model.pos_embed.shape == (1, 8 + 4 * 2, 32)
+    features = model(torch.randn(2, 5, 28, 70))[0]
+    assert features["patch_tokens"].shape == (2, 2 * 5, 32)
+    assert features["cls_tokens_norm"].shape == (2, 8, 32)
+
+
+@torch.inference_mode()
+def test_keeping_all_patches_in_another_order_only_permutes_the_patch_tokens():
+    model = random_encoder()
+    images = torch.randn(2, 3, 64, 96)
+    order = torch.stack([torch.randperm(24) for _ in range(2)])
+    whole, permuted = model(images, [-1])[0], model(images, [-1], keep=order)[0]
+    torch.testing.assert_close(permuted["cls_tokens"], whole["cls_tokens"])
+    expected = whole["patch_tokens"].gather(1, order.unsqueeze(-1).expand(-1, -1, 48))
+    torch.testing.assert_close(permuted["patch_tokens"], expected)
+
+
+def test_stochastic_depth_grows_linearly_and_keeps_the_mean():
+    model = PixioViT(**{**SMALL, "depth": 5}, drop_path=0.4)
+    assert [block.drop_path.probability for block in model.blocks] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    torch.manual_seed(0)
+    drop = model.blocks[-1].drop_path
+    out = drop(torch.ones(20_000, 1, 1)).flatten()
+    assert out.unique().tolist() == pytest.approx([0.0, 1 / 0.6])
+    assert out.mean().item() == pytest.approx(1.0, abs=0.03)
+    assert torch.equal(drop.eval()(torch.ones(4, 2, 2)), torch.ones(4, 2, 2))
+
+
+def test_encoder_compiles_without_graph_breaks():
+    model = random_encoder(depth=2)
+    images = torch.randn(1, 3, 64, 64)
+    compiled = torch.compile(lambda x: model(x, block_ids=[0, -1]), fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(compiled(images), model(images, block_ids=[0, -1]), strict=True):
+        torch.testing.assert_close(ours["patch_tokens_norm"], theirs["patch_tokens_norm"])
