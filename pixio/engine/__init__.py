@@ -1,0 +1,1 @@
+"""What every training program needs, whatever its model: ranks, steps, checkpoints, configuration, logs."""

@@ -1,0 +1,49 @@
+"""AdamW with the parameter groups of masked-autoencoder training."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+
+def make_adamw(
+    model: nn.Module,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.95),
+    weight_decay: float = 0.05,
+    parts: Sequence[str] = (),
+) -> torch.optim.AdamW:
+    """AdamW over the parameters of `model` that require a gradient, fused where the device allows it.
+
+    Biases and tensors with at most one dimension (norms) are not decayed; all others are, position embeddings
+    and class and mask tokens among them. The order is the model's, so a saved state fits any later process.
+
+    Args:
+        model: what to optimise.
+        lr: learning rate.
+        betas: decay rates of the two moments.
+        weight_decay: of decayed parameters.
+        parts: names of submodules that get groups of their own, so that `set_lr` can hold them still.
+
+    Raises:
+        ValueError: every parameter is frozen.
+    """
+    groups: dict[tuple[str, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = next((part for part in parts if name.startswith(f"{part}.")), "")
+            exempt = parameter.ndim <= 1 or name.split(".")[-1] == "bias"
+            groups.setdefault((part, 0.0 if exempt else weight_decay), []).append(parameter)
+    if not groups:
+        raise ValueError("no parameter of the model requires a gradient: there is nothing to optimise")
+    described = [{"params": p, "part": part, "weight_decay": decay} for (part, decay), p in groups.items()]
+    try:
+        return torch.optim.AdamW(described, lr=lr, betas=betas, fused=True)
+    except RuntimeError:  # this device has no fused kernel
+        return torch.optim.AdamW(described, lr=lr, betas=betas)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float, frozen: str | None = None) -> None:
+    """Set the learning rate of every group; 0 for those of the part `frozen`, which stays bit for bit."""
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0 if frozen is not None and group["part"] == frozen else lr

@@ -1,0 +1,100 @@
+"""Settings every training program shares: data, optimisation, run, machine; the release's flag names."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pixio.engine.config import option
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Base of the programs' configurations. Steps are optimiser steps; epochs are converted here, once."""
+
+    # data
+    dataset_type: Literal["imagenet", "webdataset", "folder", "scenes"] = option(
+        "imagenet", "what --data_path holds"
+    )
+    data_path: str = option("", "folder with tars or images; unused for scenes")
+    json_path: str | None = option(None, "curation statistics of web tars")
+    soft_sampling: bool = option(False, "keep an image with probability min(mae_loss, 1) at each visit")
+    hist_thresh: float | None = option(None, "drop images whose histogram_score is not above this")
+    imgres_thresh: int | None = option(None, "drop images with a side below this, in pixels")
+    input_size: int = option(256, "crop size in pixels, also the trained models' native size")
+    crop_scale_min: float = option(0.2, "smallest area of a random crop, as a share of the image")
+    num_workers: int = option(6, "loading processes per rank")
+    pin_mem: bool = option(True, "pinned memory for faster transfers to a GPU")
+    # optimisation
+    batch_size: int = option(64, "images per rank and forward pass")
+    accum_iter: int = option(1, "forward passes per step")
+    epochs: int = option(400, "length of the run, in epochs of --iters_per_epoch steps")
+    iters_per_epoch: int = option(1605, "steps per epoch", aliases=("iter_per_epoch",))
+    warmup_epochs: int = option(40, "linear warm-up from 0")
+    lr: float | None = option(None, "peak learning rate; by default blr x images per step / 256")
+    blr: float = option(2.5e-5, "peak learning rate per 256 images of a step")
+    min_lr: float = option(0.0, "learning rate at the end")
+    weight_decay: float = option(0.05, "AdamW decay of weights, not of biases and norms")
+    clip_grad: float | None = option(None, "largest gradient norm; none in the published recipes")
+    seed: int = option(0, "of weights, sample order, crops and masks")
+    # run
+    output_dir: str = option("runs/latest", "everything the run writes")
+    log_dir: str | None = option(None, "folder of log.jsonl and TensorBoard; --output_dir by default")
+    log_freq: int = option(20, "steps between log lines")
+    save_freq: int = option(20, "epochs between checkpoints kept for good; 0 = keep only the newest two")
+    save_steps: int = option(1000, "steps between checkpoints; 0 = off")
+    save_minutes: float = option(30.0, "minutes between checkpoints; 0 = off")
+    resume: str | None = option(
+        None, "checkpoint of another run to go on from; the run's own is found by itself"
+    )
+    start_epoch: int = option(0, "epoch at which a run without a checkpoint starts")
+    tensorboard: bool = option(False, "also log to TensorBoard")
+    wandb: bool = option(False, "also log to Weights & Biases")
+    # machine
+    device: str = option("auto", "auto, cpu, cuda, mps")
+    dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", "what autocast computes in")
+    compile: bool = option(False, "compile the model with torch.compile")
+    world_size: int | None = option(None, "processes, when started by hand; launchers tell it")
+    local_rank: int | None = option(None, "which of them this is", aliases=("local-rank",))
+    dist_url: str | None = option(None, "where they meet, such as tcp://127.0.0.1:29500")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accum_iter", "epochs", "iters_per_epoch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, found {getattr(self, name)}")
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"--warmup_epochs {self.warmup_epochs} is longer than the run of {self.epochs} epochs"
+            )
+
+    @property
+    def total_steps(self) -> int:
+        """Length of the run."""
+        return self.epochs * self.iters_per_epoch
+
+    @property
+    def start_step(self) -> int:
+        """First step of a run without a checkpoint."""
+        return self.start_epoch * self.iters_per_epoch
+
+    @property
+    def warmup_steps(self) -> int:
+        """Length of the warm-up."""
+        return self.warmup_epochs * self.iters_per_epoch
+
+    @property
+    def keep_every(self) -> int:
+        """Steps between checkpoints that are kept for good; 0 = none."""
+        return self.save_freq * self.iters_per_epoch
+
+    def images_per_step(self, world_size: int) -> int:
+        """Images of all ranks and forward passes of one step."""
+        return self.batch_size * self.accum_iter * world_size
+
+    def peak_lr(self, world_size: int) -> float:
+        """--lr, or --blr scaled linearly with the images of a step (Goyal et al., arXiv 1706.02677)."""
+        return self.lr if self.lr is not None else self.blr * self.images_per_step(world_size) / 256
+
+    def stream_options(self) -> dict[str, Any]:
+        """Arguments of `pixio.data.open_stream`."""
+        names = ("dataset_type", "data_path", "json_path", "soft_sampling", "hist_thresh", "imgres_thresh")
+        options = {name: getattr(self, name) for name in (*names, "batch_size", "seed")}
+        return options | {"size": self.input_size, "crop_scale": (self.crop_scale_min, 1.0)}

@@ -1,0 +1,353 @@
+"""The one place that knows devices, ranks and precision: from here laptop, torchrun and SLURM look alike.
+
+Everything else in the project asks a `Runtime` and never an environment variable or a device library.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One process of a run: its device, its place among the ranks, and the precision it computes in.
+
+    The methods named after collectives must be called by every rank; with one rank they cost nothing.
+    """
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes files and talks to the user."""
+        return self.rank == 0
+
+    @property
+    def pins_memory(self) -> bool:
+        """True where batches in pinned memory reach the device faster."""
+        return self.device.type == "cuda"
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Compute in `dtype` where that is safe; weights stay float32, and float32 changes nothing."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def make_scaler(self) -> torch.amp.GradScaler:
+        """Gradient scaler: active in fp16, whose range is too small for gradients, transparent otherwise."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def seed(self, seed: int, step: int) -> None:
+        """Make torch's random numbers a pure function of (seed, step, rank): no generator needs saving."""
+        text = f"{seed}/{step}/{self.rank}".encode()
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big", signed=True))
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Move `model` to the device and make its gradients the mean over ranks; rank 0's weights reach all.
+
+        Only parameters that require a gradient now take part: wrap again after freezing or thawing some.
+        """
+        model = model.to(self.device)
+        if self.world_size == 1:
+            return model
+        device_ids = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """The model itself, without what `wrap` and `torch.compile` put around it."""
+        while True:
+            if isinstance(model, DistributedDataParallel):
+                model = model.module
+            elif hasattr(model, "_orig_mod"):  # torch.compile
+                model = model._orig_mod
+            else:
+                return model
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Collective: the mean of `tensor` over ranks, on the device, detached; waits for nothing."""
+        if self.world_size == 1:
+            return tensor.detach()
+        total = tensor.detach().to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total / self.world_size
+
+    def any(self, flag: bool) -> bool:
+        """Collective: True on every rank when `flag` is true on at least one. Waits for the device."""
+        if self.world_size == 1:
+            return flag
+        count = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(count)
+        return count.item() > 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Collective: the small picklable `value` of every rank, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Collective: wait until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def synchronize(self) -> None:
+        """Wait for the device to finish what was queued: for timings only."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def memory(self) -> float:
+        """Peak memory in GiB: allocated by torch on a GPU, resident in this process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / GIB
+        if self.device.type == "mps":
+            return torch.mps.driver_allocated_memory() / GIB
+        import resource  # not on every system that has a GPU
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / GIB if sys.platform == "darwin" else peak * 1024 / GIB  # bytes there, KiB on Linux
+
+    def close(self) -> None:
+        """Leave the process group, if this run has one."""
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+            # A gloo thread drops the last tensor a moment after its collective returned, and needs the
+            # interpreter for that: one that is already shutting down would abort the process.
+            time.sleep(0.1)
+
+
+def start_runtime(
+    device: str = "auto",
+    dtype: str = "bf16",
+    world_size: int | None = None,
+    local_rank: int | None = None,
+    dist_url: str | None = None,
+    timeout_minutes: float = 30.0,
+) -> Runtime:
+    """Find this process's ranks, choose its device and precision, and join the other ranks.
+
+    Ranks come from torchrun's variables, else from the arguments, else from an srun step; else there is one.
+
+    Args:
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", "mps".
+        dtype: what autocast computes in, "bf16", "fp16" or "fp32" (no autocast). Weights are always float32.
+        world_size: processes, all on this machine, of a run started by hand; None or 1: the launcher knows.
+        local_rank: which of them this is; None or -1: the launcher knows.
+        dist_url: where they meet, as "tcp://127.0.0.1:29500"; None or "env://": MASTER_ADDR, MASTER_PORT.
+        timeout_minutes: how long a rank waits for the others in a collective before it gives up.
+
+    Raises:
+        ValueError: the device or precision is not available here, or the ranks contradict each other.
+    """
+    ranks = find_ranks(os.environ, world_size, local_rank, dist_url)
+    chosen = choose_device(device, ranks)
+    precision = _choose_dtype(dtype, chosen)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves a product in float32
+    if ranks.world_size > 1:
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo",
+            init_method=ranks.meeting,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=timedelta(minutes=timeout_minutes),
+            device_id=chosen if chosen.type == "cuda" else None,
+        )
+    return Runtime(chosen, precision, ranks.rank, ranks.local_rank, ranks.world_size)
+
+
+class Ranks(NamedTuple):
+    """This process's place in the run, and where the processes meet."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1  # the most processes any machine of the run holds
+    meeting: str | None = None
+    one_gpu_each: bool = False  # each process is shown only its own GPU
+
+
+def find_ranks(
+    environ: Mapping[str, str],
+    world_size: int | None = None,
+    local_rank: int | None = None,
+    dist_url: str | None = None,
+) -> Ranks:
+    """Ranks of this process, from `environ` and the arguments of `start_runtime`.
+
+    Raises:
+        ValueError: a rank outside its range, no meeting place, or arguments that contradict the launcher.
+    """
+    asked = world_size if world_size is not None and world_size > 1 else None
+    dist_url = None if dist_url == "env://" else dist_url
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        size = int(environ["WORLD_SIZE"])
+        ranks = Ranks(
+            rank=int(environ["RANK"]),
+            # Launchers that start one process per container set no local variables.
+            local_rank=int(environ.get("LOCAL_RANK", 0)),
+            world_size=size,
+            local_world_size=int(environ.get("LOCAL_WORLD_SIZE", 1)),
+            meeting=dist_url or "env://",
+        )
+    elif asked:
+        if local_rank is None or local_rank < 0:
+            raise ValueError(
+                f"--world_size {asked} without a launcher needs --local_rank, 0 to {asked - 1}, for each "
+                "process; or start the run with torchrun or srun"
+            )
+        if not dist_url and "MASTER_ADDR" not in environ:
+            raise ValueError(
+                f"--world_size {asked} needs a meeting place, the same for all: --dist_url tcp://127.0.0.1:29500"
+            )
+        ranks = Ranks(local_rank, local_rank, asked, asked, dist_url or "env://")
+    elif int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        ranks = _slurm_ranks(environ, dist_url)
+    else:
+        # Without srun there is one process, whatever was allocated: waiting for others would hang.
+        if int(environ.get("SLURM_NTASKS", 1)) > 1:
+            warnings.warn(
+                f"SLURM allocated {environ['SLURM_NTASKS']} tasks, but this process was not started by srun: "
+                "it runs alone. Put srun before the command to use them all.",
+                stacklevel=3,
+            )
+        ranks = Ranks()
+    if asked and asked != ranks.world_size:
+        raise ValueError(
+            f"--world_size is {asked}, but the launcher started {ranks.world_size}: leave it out"
+        )
+    if not 0 <= ranks.rank < ranks.world_size:
+        raise ValueError(
+            f"rank {ranks.rank} does not exist: {ranks.world_size} processes are numbered from 0"
+        )
+    return ranks
+
+
+def _slurm_ranks(environ: Mapping[str, str], dist_url: str | None) -> Ranks:
+    """Ranks of one task of an srun step; the first machine of the step is where they meet."""
+    job, step = int(environ["SLURM_JOB_ID"]), int(environ["SLURM_STEP_ID"])
+    # Below the range from which systems hand out ports, apart for neighbouring jobs and for steps of one job.
+    port = environ.get("MASTER_PORT") or 10_000 + (job * 37 + step) % 20_000
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
+    host = environ.get("MASTER_ADDR") or expand_node_list(nodes)[0]
+    tasks = re.findall(r"(\d+)(?:\(x\d+\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))  # "2(x3),1"
+    return Ranks(
+        rank=int(environ["SLURM_PROCID"]),
+        local_rank=int(environ["SLURM_LOCALID"]),
+        world_size=int(environ["SLURM_STEP_NUM_TASKS"]),
+        local_world_size=max(map(int, tasks)),
+        meeting=dist_url or f"tcp://{host}:{port}",
+        one_gpu_each="SLURM_GPUS_PER_TASK" in environ,
+    )
+
+
+def expand_node_list(text: str) -> list[str]:
+    """Host names in SLURM's short notation: "n[1-3,7],login1" is n1, n2, n3, n7, login1.
+
+    Raises:
+        ValueError: `text` is not such a list.
+    """
+    hosts = []
+    items = re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text)
+    if not items or ",".join(items) != text:
+        raise ValueError(f"not a SLURM node list: {text!r}")
+    for item in items:
+        head, bracket, rest = item.partition("[")
+        if not bracket:
+            hosts.append(item)
+            continue
+        numbers, _, tail = rest.partition("]")
+        tails = expand_node_list(tail) if tail else [""]
+        for part in numbers.split(","):
+            if not re.fullmatch(r"\d+(-\d+)?", part):
+                raise ValueError(f"not a SLURM node list: {text!r}")
+            low, _, high = part.partition("-")
+            # Zeros in front of the first number say how many digits each has.
+            hosts += [
+                f"{head}{n:0{len(low)}d}{tail}"
+                for n in range(int(low), int(high or low) + 1)
+                for tail in tails
+            ]
+    return hosts
+
+
+def choose_device(device: str, ranks: Ranks) -> torch.device:
+    """The device of this process.
+
+    Raises:
+        ValueError: there is no such device here, or a machine runs more processes than it has GPUs.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        if gpus:
+            device = "cuda"
+        else:
+            device = "mps" if torch.backends.mps.is_available() and ranks.world_size == 1 else "cpu"
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdigit())):
+        raise ValueError(f"unknown device {device!r}: choose auto, cpu, cuda, cuda:N or mps")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if kind == "mps":
+        if not torch.backends.mps.is_available():
+            raise ValueError("device mps is not available here: choose auto or cpu")
+        if ranks.world_size > 1:
+            raise ValueError(f"device mps runs one process, not {ranks.world_size}: choose cpu")
+        return torch.device("mps")
+    if not gpus:
+        raise ValueError("device cuda was asked for, but torch sees no CUDA GPU here: choose auto or cpu")
+    if index:
+        if ranks.world_size > 1:
+            raise ValueError(f"device {device} would be shared by {ranks.world_size} processes: choose cuda")
+        if int(index) >= gpus:
+            raise ValueError(f"device {device} does not exist: {gpus} GPUs are visible, numbered from 0")
+        return torch.device(device)
+    if ranks.one_gpu_each and gpus == 1:
+        return torch.device("cuda:0")
+    needed = max(ranks.local_world_size, ranks.local_rank + 1)
+    if needed > gpus:
+        raise ValueError(
+            f"{needed} processes on a machine with {gpus} visible GPUs: start one for each, or choose cpu"
+        )
+    return torch.device("cuda", ranks.local_rank)
+
+
+def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The torch type `dtype` names, where `device` can compute in it."""
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}: choose {', '.join(DTYPES)}")
+    if dtype == "fp16" and device.type == "cpu":
+        raise ValueError("fp16 needs a GPU: on a CPU choose bf16 or fp32")
+    if (
+        dtype == "bf16"
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        raise ValueError(
+            f"{torch.cuda.get_device_name(device)} has no bf16 arithmetic: choose fp16 or fp32 instead"
+        )
+    return DTYPES[dtype]

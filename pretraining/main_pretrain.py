@@ -1,0 +1,202 @@
+"""Pre-train a Pixio: mask blocks of an image, reconstruct their pixels (paper, section 3; hyper-parameters
+appendix).
+
+    python main_pretrain.py --model pixio_vits16_enc384x12h6_dec256x4h8 --data_path DIR --output_dir runs/s16
+    torchrun --nproc_per_node 8 main_pretrain.py …
+
+The same command resumes a run that was stopped. `log.jsonl`, `config.json`, `checkpoints/` and `encoder.pth`,
+the encoder alone under the released keys, lie in `--output_dir`. Descends from MAE's main_pretrain.py
+(https://github.com/facebookresearch/mae).
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import pixio
+from pixio.data import DataError, Loader, normalise, open_stream
+from pixio.engine.checkpoint import Checkpoints, Interval, read_checkpoint, write_atomic
+from pixio.engine.config import option, parse, save_config
+from pixio.engine.logs import Log
+from pixio.engine.optim import make_adamw, set_lr
+from pixio.engine.recipe import TrainConfig
+from pixio.engine.runtime import Runtime, start_runtime
+from pixio.engine.schedule import warmup_cosine
+from pixio.engine.step import NonFiniteLoss, accumulate
+
+
+# ---------------------------------------------------------------------------------------------- configuration
+@dataclass(frozen=True)
+class PretrainConfig(TrainConfig):
+    """Pre-train a Pixio by reconstructing masked blocks of pixels."""
+
+    model: str = option("pixio_vith16_enc1280x32h16_dec512x32h16", "pre-training model, see `pixio info`")
+    n_cls_tokens: int = option(8, "class tokens")
+    mask_ratio: float = option(0.75, "share of masked cells")
+    mask_grid: int = option(4, "side of a masked cell in patches")
+    norm_pix_loss: bool = option(True, "predict pixels normalised per patch")
+    drop_path: float = option(0.0, "stochastic depth rate of the last encoder block")
+    init_encoder: str | None = option(None, "encoder file to start from; the decoder starts fresh")
+    freeze_encoder_steps: int = option(0, "first steps during which only the decoder learns")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model not in (models := pixio.list_models(pretraining=True)):
+            raise ValueError(
+                f"--model {self.model} is not a pre-training model; choose one of {', '.join(models)}"
+            )
+
+
+# ---------------------------------------------------------------------------------------------- the run
+def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
+    """Train until the last step; saves on the way, and before it raises `NonFiniteLoss`."""
+    output = Path(config.output_dir)
+    base_lr = config.peak_lr(runtime.world_size)
+
+    # ---- model, optimiser
+    runtime.seed(config.seed, step=0)
+    mae = pixio.create_model(
+        config.model,
+        config.init_encoder,
+        img_size=config.input_size,
+        n_cls_tokens=config.n_cls_tokens,
+        drop_path=config.drop_path,
+        mask_grid=config.mask_grid,
+        norm_pix_loss=config.norm_pix_loss,
+    )
+    if not isinstance(mae, pixio.PixioMAE):
+        raise ValueError(
+            f"{config.model} has no decoder; choose one of {pixio.list_models(pretraining=True)}"
+        )
+    model = runtime.wrap(mae)
+    optimizer = make_adamw(mae, base_lr, weight_decay=config.weight_decay, parts=("encoder",))
+    scaler = runtime.make_scaler()
+    if config.compile:
+        model = torch.compile(model)
+
+    # ---- resume
+    checkpoints = Checkpoints(output / "checkpoints", runtime, keep_newest=2, keep_every=config.keep_every)
+    state = checkpoints.load_latest() or (read_checkpoint(config.resume) if config.resume else None)
+    start, images = config.start_step, 0
+    if state:
+        check_same_model(config, state["config"])
+        start, images = state["step"], state["images"]
+        mae.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    if start >= config.total_steps:
+        print(f"{output} is finished: {start} of {config.total_steps} steps are done")
+        return
+
+    # ---- data
+    loader = Loader(
+        open_stream(**config.stream_options()),
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        num_workers=config.num_workers,
+        pin_memory=config.pin_mem and runtime.pins_memory,
+        state=state["data"] if state else None,
+    )
+    del state  # it maps the checkpoint's file
+
+    # ---- loop
+    def save(step: int) -> None:
+        checkpoints.save(
+            step,
+            {
+                "model": mae.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "data": runtime.gather(loader.state_dict()),
+                "images": images,
+                "config": asdict(config),
+            },
+        )
+        if runtime.is_main:
+            encoder = mae.encoder.state_dict()
+            write_atomic(output / "encoder.pth", lambda file: torch.save(encoder, file))
+
+    def loss_fn(model: nn.Module, pixels: Tensor) -> Tensor:
+        pixels = normalise(pixels.to(runtime.device, non_blocking=True))
+        return model(pixels, config.mask_ratio).loss
+
+    if runtime.is_main:
+        output.mkdir(parents=True, exist_ok=True)
+        save_config(config, output / "config.json")
+    log = Log(
+        config.log_dir or output,
+        config.total_steps,
+        runtime.is_main,
+        start_step=start,
+        every=config.log_freq,
+        tensorboard=config.tensorboard,
+        wandb=config.wandb,
+        config=asdict(config),
+    )
+    interval = Interval(runtime, config.save_steps, config.save_minutes)
+    batches = iter(loader)
+    model.train()
+    for step in range(start, config.total_steps):
+        waiting = time.perf_counter()
+        micro_batches = [next(batches)["images"] for _ in range(config.accum_iter)]
+        waiting = time.perf_counter() - waiting
+        lr = warmup_cosine(step, base_lr, config.min_lr, config.warmup_steps, config.total_steps)
+        set_lr(optimizer, lr, frozen="encoder" if step < config.freeze_encoder_steps else None)
+        runtime.seed(config.seed, step)  # masks and stochastic depth
+        try:
+            result = accumulate(runtime, model, optimizer, scaler, micro_batches, loss_fn, config.clip_grad)
+        except NonFiniteLoss:
+            save(step)
+            raise
+        images += config.images_per_step(runtime.world_size)
+        done = step + 1
+        log.step(
+            done,
+            images,
+            waiting,
+            loss=result.loss,
+            lr=lr,
+            grad_norm=result.grad_norm,
+            memory=runtime.memory,
+            data=dict(loader.counts),
+        )
+        if (
+            interval.due(done)
+            or done == config.total_steps
+            or (config.keep_every and done % config.keep_every == 0)
+        ):
+            save(done)
+    log.close()
+
+
+def check_same_model(config: PretrainConfig, saved: dict) -> None:
+    """Refuse to go on with a run of another model."""
+    for key in ("model", "input_size", "n_cls_tokens"):
+        if saved[key] != getattr(config, key):
+            raise ValueError(
+                f"{config.output_dir} holds a run with {key} {saved[key]}, not {getattr(config, key)}: "
+                "choose another --output_dir"
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, start, train; a mistake or a failure ends the program with one line."""
+    config = parse(PretrainConfig, argv, prog="main_pretrain.py")
+    try:
+        runtime = start_runtime(
+            config.device, config.dtype, config.world_size, config.local_rank, config.dist_url
+        )
+        try:
+            pretrain(config, runtime)
+        finally:
+            runtime.close()
+    except (ValueError, OSError, DataError, NonFiniteLoss) as error:
+        raise SystemExit(f"main_pretrain.py: error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
