@@ -68,10 +68,6 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
         mask_grid=config.mask_grid,
         norm_pix_loss=config.norm_pix_loss,
     )
-    if not isinstance(mae, pixio.PixioMAE):
-        raise ValueError(
-            f"{config.model} has no decoder; choose one of {pixio.list_models(pretraining=True)}"
-        )
     model = runtime.wrap(mae)
     optimizer = make_adamw(mae, base_lr, weight_decay=config.weight_decay, parts=("encoder",))
     scaler = runtime.make_scaler()

@@ -1,0 +1,336 @@
+"""Pre-training from the command to the files it leaves: every kind of data, kills, ranks, scripts."""
+
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from PIL import Image
+
+import pixio
+from pixio.data.scene_trees import write_tree
+from pixio.engine.optim import make_adamw
+from pixio.engine.runtime import start_runtime
+from pixio.engine.step import accumulate
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = "pixio_vitpico16_enc128x6h4_dec128x2h4"
+TINY = f"--model {MODEL} --input_size 64 --mask_grid 2 --batch_size 4 --dtype fp32 --drop_path 0.1 --lr 1e-3"
+SHORT = "--epochs 3 --iters_per_epoch 2 --warmup_epochs 1 --log_freq 1"
+SHORT += " --save_steps 2 --save_freq 0 --num_workers 0"
+
+
+def load_main():
+    spec = importlib.util.spec_from_file_location("main_pretrain", ROOT / "pretraining" / "main_pretrain.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["main_pretrain"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+main_pretrain = load_main()
+
+
+def run(*flags: str) -> None:
+    main_pretrain.main(shlex.split(f"{TINY} {SHORT} --device cpu") + [str(flag) for flag in flags])
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def checkpoint_of(folder: Path) -> dict:
+    name = (folder / "checkpoints" / "latest").read_text().strip()
+    return torch.load(folder / "checkpoints" / name, weights_only=True)
+
+
+def assert_equal_runs(first: Path, second: Path) -> None:
+    for a, b in zip(log_of(first), log_of(second), strict=True):
+        for key in ("step", "images", "loss", "lr", "grad_norm"):
+            assert a[key] == b[key], (key, a, b)
+    one, other = checkpoint_of(first), checkpoint_of(second)
+    assert one["step"] == other["step"]
+    for key, value in one["model"].items():
+        assert torch.equal(value, other["model"][key]), key
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory) -> dict[str, list[str]]:
+    """Small data of every kind, as the flags that name it."""
+    root = tmp_path_factory.mktemp("trees")
+    write_tree("imagenet-tars", root / "tars", 24, 0, size=64, per_tar=8)
+    write_tree("web-tars", root / "web", 24, 0, size=64, per_tar=8)
+    write_tree("imagenet-folders", root / "folders", 16, 0, size=64)
+    web = f"--dataset_type webdataset --data_path {root}/web/tars --json_path {root}/web/stats"
+    return {
+        "imagenet": f"--dataset_type imagenet --data_path {root}/tars".split(),
+        "webdataset": f"{web} --soft_sampling --hist_thresh 0.1 --imgres_thresh 64".split(),
+        "folder": f"--dataset_type folder --data_path {root}/folders/train".split(),
+        "scenes": ["--dataset_type", "scenes"],
+    }
+
+
+@pytest.mark.parametrize("kind", ["imagenet", "webdataset", "folder", "scenes"])
+def test_every_kind_of_data_trains_and_leaves_a_loadable_encoder(trees, tmp_path, kind):
+    run(*trees[kind], "--output_dir", tmp_path)
+    rows = log_of(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1]["images"] == 24
+    assert rows[0]["lr"] == 0
+    assert rows[2]["lr"] == pytest.approx(1e-3)
+    assert all(0 < row["loss"] < 3 for row in rows)
+    assert json.loads((tmp_path / "config.json").read_text())["dataset_type"] == kind
+    encoder = pixio.pixio_vitpico16(tmp_path / "encoder.pth", img_size=64)
+    mae = pixio.load_mae(tmp_path / "checkpoints" / "step_00000006.pt")
+    assert mae.mask_grid == 2
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, mae.encoder.state_dict()[name]), name
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing between the loop and the interpreter may catch it."""
+
+
+@pytest.mark.parametrize(("kind", "workers", "killed_at"), [("imagenet", 2, 4), ("webdataset", 0, 5)])
+def test_resumed_run_equals_uninterrupted_run(trees, tmp_path, monkeypatch, kind, workers, killed_at):
+    flags = [*trees[kind], "--num_workers", str(workers), "--accum_iter", "2"]
+    run(*flags, "--output_dir", tmp_path / "whole")
+
+    steps = iter(range(killed_at))
+
+    def accumulate_until_killed(*args):
+        if next(steps, None) is None:
+            raise Killed
+        return accumulate(*args)
+
+    monkeypatch.setattr(main_pretrain, "accumulate", accumulate_until_killed)
+    with pytest.raises(Killed):
+        run(*flags, "--output_dir", tmp_path / "killed")
+    monkeypatch.undo()
+    assert checkpoint_of(tmp_path / "killed")["step"] == 4
+    run(*flags, "--output_dir", tmp_path / "killed")
+    assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_finished_run_says_so_and_changes_nothing(trees, tmp_path, capsys):
+    flags = [*trees["folder"], "--output_dir", tmp_path]
+    run(*flags)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    run(*flags)
+    assert "is finished: 6 of 6 steps" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_the_good_weights_saved(trees, tmp_path, monkeypatch):
+    forward = pixio.PixioMAE.forward
+    calls = iter(range(100))
+
+    def poisoned(self, *args):
+        out = forward(self, *args)
+        return out._replace(loss=out.loss * float("nan")) if next(calls) == 3 else out
+
+    monkeypatch.setattr(pixio.PixioMAE, "forward", poisoned)
+    with pytest.raises(SystemExit, match="the loss is not finite"):
+        run(*trees["folder"], "--output_dir", tmp_path)
+    state = checkpoint_of(tmp_path)
+    assert state["step"] == 3
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_continuing_from_an_encoder_holds_it_still_while_asked(trees, tmp_path):
+    run(*trees["folder"], "--output_dir", tmp_path / "first")
+    encoder = torch.load(tmp_path / "first" / "encoder.pth", weights_only=True)
+    flags = [
+        *trees["folder"],
+        "--init_encoder",
+        tmp_path / "first" / "encoder.pth",
+        "--output_dir",
+        tmp_path / "second",
+    ]
+    run(*flags, "--freeze_encoder_steps", 4, "--save_freq", 1)
+    frozen = torch.load(tmp_path / "second" / "checkpoints" / "step_00000004.pt", weights_only=True)["model"]
+    final = checkpoint_of(tmp_path / "second")["model"]
+    for name, value in encoder.items():
+        assert torch.equal(value, frozen[f"encoder.{name}"]), name
+    assert not torch.equal(encoder["blocks.0.mlp.fc1.weight"], final["encoder.blocks.0.mlp.fc1.weight"])
+    assert not torch.equal(frozen["decoder_pred.weight"], final["decoder_pred.weight"])
+
+
+def test_two_ranks_train_and_one_process_takes_over(trees, tmp_path):
+    """torchrun on a CPU: gloo. The second command resumes with another number of ranks."""
+    flags = [
+        *shlex.split(f"{TINY} {SHORT}"),
+        *trees["imagenet"],
+        "--output_dir",
+        str(tmp_path),
+        "--device",
+        "cpu",
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = str(ROOT / "pretraining" / "main_pretrain.py")
+    subprocess.run([*command, script, *flags], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert [row["images"] for row in log_of(tmp_path)] == [8, 16, 24, 32, 40, 48]
+    assert len(checkpoint_of(tmp_path)["data"]) == 2
+    main_pretrain.main([*flags, "--epochs", "4"])
+    assert [row["images"] for row in log_of(tmp_path)][-2:] == [52, 56]
+
+
+def mae_step(rank: int, world_size: int, folder: Path) -> None:
+    """Two steps on this rank's share of eight images with fixed masks; rank 0 saves the weights."""
+    torch.set_num_threads(1)
+    runtime = start_runtime("cpu", "fp32", world_size, rank, f"file://{folder}/meeting")
+    torch.manual_seed(0)
+    mae = pixio.create_model(MODEL, img_size=64, mask_grid=2)
+    model, optimizer = runtime.wrap(mae), make_adamw(mae, 1e-3)
+    images, noise = torch.randn(2, 8, 3, 64, 64), torch.rand(2, 8, 4)
+    share = slice(rank * 8 // world_size, (rank + 1) * 8 // world_size)
+    for step in range(2):
+        batch = (images[step, share], noise[step, share])
+        accumulate(
+            runtime, model, optimizer, runtime.make_scaler(), [batch], lambda m, b: m(b[0], noise=b[1]).loss
+        )
+    if rank == 0:
+        torch.save(mae.state_dict(), folder / f"{world_size}.pt")
+    runtime.close()
+
+
+def test_two_gloo_ranks_equal_one_process_with_the_double_batch(tmp_path):
+    mp.spawn(mae_step, (2, tmp_path), nprocs=2)
+    mae_step(0, 1, tmp_path)
+    two, one = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (2, 1))
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "pixio_vith16"], "not a pre-training model; choose one of"),
+        (["--input_size", "72"], "multiples of the patch size 16"),
+        (["--input_size", "80"], "mask_grid 2 does not divide the patch grid 5 x 5"),
+        (["--dataset_type", "folder", "--data_path", "/nowhere"], "/nowhere"),
+        (["--warmup_epochs", "9"], "longer than the run"),
+        (["--mask_ratoi", "0.5"], "did you mean --mask_ratio"),
+        (["--device", "cuda:7"], "cuda"),
+    ],
+)
+def test_mistakes_are_one_clear_line_and_write_nothing(tmp_path, capsys, flags, message):
+    if flags[0] == "--device" and torch.cuda.device_count() > 7:
+        pytest.skip("this machine has that device")
+    with pytest.raises(SystemExit) as stopped:
+        run("--dataset_type", "scenes", "--output_dir", tmp_path / "run", *flags)
+    said = f"{stopped.value.code} {capsys.readouterr().err}"
+    assert message in said
+    assert stopped.value.code not in (0, None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_model_is_not_resumed_into_a_folder(trees, tmp_path):
+    run(*trees["folder"], "--output_dir", tmp_path)
+    with pytest.raises(SystemExit, match="n_cls_tokens 8, not 4: choose another --output_dir"):
+        run(*trees["folder"], "--output_dir", tmp_path, "--n_cls_tokens", "4")
+
+
+SCRIPTS = sorted((ROOT / "pretraining" / "scripts").glob("*.sh"))
+LAUNCHER = {"job_dir", "job_name", "nodes", "ngpus", "timeout", "partition", "account", "qos", "comment"}
+
+
+@pytest.fixture
+def stubs(tmp_path):
+    """A PATH where python, torchrun and sbatch only print their arguments."""
+    for name in ("python", "torchrun", "sbatch"):
+        (tmp_path / name).write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    data = {"IMAGENET_TARS": "/data/tars", "WEB_TARS": "/data/web", "WEB_STATS": "/data/stats"}
+    return {**os.environ, **data, "PATH": f"{tmp_path}:/usr/bin:/bin"}
+
+
+def parsed(script: Path, env: dict) -> tuple[main_pretrain.PretrainConfig, dict[str, str]]:
+    """The configuration a script asks for, and its launcher flags."""
+    words = subprocess.run(
+        ["bash", script], env=env, check=True, capture_output=True, text=True
+    ).stdout.split("\n")
+    flags = words[next(i for i, word in enumerate(words) if word.endswith(".py")) + 1 : -1]
+    launcher, rest = {}, []
+    while flags:
+        if flags[0].removeprefix("--") in LAUNCHER:
+            launcher[flags[0].removeprefix("--")] = flags[1]
+            flags = flags[2:]
+        else:
+            rest.append(flags.pop(0))
+    return main_pretrain.parse(main_pretrain.PretrainConfig, rest), launcher
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_scripts_are_valid_bash_and_their_flags_parse(script, stubs):
+    subprocess.run(["bash", "-n", script], check=True)
+    config, _ = parsed(script, stubs)
+    with torch.device("meta"):
+        pixio.create_model(config.model, img_size=config.input_size, mask_grid=config.mask_grid)
+    header = script.read_text().split("\nset -e")[0]
+    assert all(word in header for word in ("command", "hardware", "hours", "expect"))
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "batch", "expected"),
+    [
+        ("pretrain_pixio_vith16_imagenet", 128, 8192, (400, 40, 4, 8)),
+        ("pretrain_pixio_vit5b16_webdata", 256, 16384, (800, 80, 4, 8)),
+        ("pretrain_pixio_vith16_ablation", 128, 8192, (400, 40, 2, 4)),
+    ],
+)
+def test_published_recipes_are_the_published_numbers(stubs, name, gpus, batch, expected):
+    config, launcher = parsed(ROOT / "pretraining" / "scripts" / f"{name}.sh", stubs)
+    assert int(launcher["nodes"]) * int(launcher["ngpus"]) == gpus
+    assert config.images_per_step(gpus) == batch
+    assert config.peak_lr(gpus) == pytest.approx(8e-4)
+    assert (config.epochs, config.warmup_epochs, config.mask_grid, config.n_cls_tokens) == expected
+    assert (config.iters_per_epoch, config.drop_path, config.mask_ratio, config.norm_pix_loss) == (
+        1605,
+        0.4,
+        0.75,
+        True,
+    )
+    assert (config.weight_decay, config.crop_scale_min, config.input_size, config.save_freq) == (
+        0.05,
+        0.2,
+        256,
+        20,
+    )
+    if "web" in name:
+        assert (config.soft_sampling, config.hist_thresh, config.imgres_thresh) == (True, 4.5, 320)
+
+
+def test_a_cluster_script_without_a_cluster_says_so(stubs, tmp_path):
+    (tmp_path / "sbatch").unlink()
+    env = {**stubs, "PATH": str(tmp_path)}
+    for name in ("bash", "dirname"):
+        (tmp_path / name).symlink_to(f"/usr/bin/{name}")
+    script = ROOT / "pretraining" / "scripts" / "pretrain_pixio_vith16_imagenet.sh"
+    result = subprocess.run(["/bin/bash", script], env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "No SLURM here (sbatch not found)" in result.stderr
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    pytest.importorskip("skimage")
+    from skimage import data
+
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for name in ("astronaut", "coffee", "camera"):
+        Image.fromarray(np.asarray(getattr(data, name)())).save(folder / f"{name}.png")
+    return folder
+
+
+def test_a_folder_of_real_photographs_trains(photographs, tmp_path):
+    run("--dataset_type", "folder", "--data_path", photographs, "--output_dir", tmp_path / "run")
+    assert log_of(tmp_path / "run")[-1]["data"] == {"seen": 24, "kept": 24}
