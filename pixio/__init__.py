@@ -4,6 +4,7 @@ from pixio.encoder import PixioViT
 from pixio.mae import PixioMAE
 from pixio.registry import (
     create_model,
+    from_pretrained,
     list_models,
     pixio_vit1b16,
     pixio_vit1b16_enc1536x48h24_dec512x32h16,
@@ -28,6 +29,7 @@ __all__ = [
     "PixioMAE",
     "PixioViT",
     "create_model",
+    "from_pretrained",
     "list_models",
     "load_mae",
     "pixio_vit1b16",

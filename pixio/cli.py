@@ -71,7 +71,7 @@ def _add_features(commands) -> None:
     parser.add_argument("--pretrained", help="weight file; random weights when left out")
     parser.add_argument("--output", default="features.npz", help=".npz or .safetensors")
     parser.add_argument("--size", type=int, default=256, help="images are resized to size x size pixels")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if any), cpu, or a torch device")
 
 
 def _features(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pixio.layers import NORM_EPS, Block, PatchEmbed, init_weights, resize_positions
 
@@ -27,6 +28,10 @@ class PixioViT(nn.Module):
         mlp_ratio: hidden width of the MLP / D.
         n_cls_tokens: number of class tokens C.
         drop_path: stochastic depth rate of the last block; it grows linearly from 0 at the first.
+
+    Attributes:
+        grad_checkpointing: set it to True to recompute the blocks in the backward pass instead of keeping
+            their activations: less memory, about a third more time.
 
     Raises:
         ValueError: a size that the patch size does not divide, or a width that the heads do not divide.
@@ -53,6 +58,7 @@ class PixioViT(nn.Module):
         self.mlp_ratio = mlp_ratio
         self.n_cls_tokens = n_cls_tokens
         self.grid = self.grid_of(*self.img_size)
+        self.grad_checkpointing = False
 
         n_positions = n_cls_tokens + self.grid[0] * self.grid[1]
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
@@ -100,10 +106,56 @@ class PixioViT(nn.Module):
         x = self._embed(images, keep)  # [B, C + V, D]
         outputs = {}
         for i, block in enumerate(self.blocks[: max(wanted, default=-1) + 1]):
-            x = block(x)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
             if i in wanted:
                 outputs[i] = self._features(x)
         return [outputs[i] for i in wanted]
+
+    def forward_features(self, images: Tensor) -> dict[str, Tensor]:
+        """The features of the last block: `forward(images, block_ids=[-1])[0]`."""
+        return self(images, block_ids=[-1])[0]
+
+    def get_intermediate_layers(
+        self,
+        images: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        norm: bool = True,
+        return_class_token: bool = False,
+    ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
+        """Patch features of several blocks, called as in DINOv2 (https://github.com/facebookresearch/dinov2).
+
+        Args:
+            images: as in `forward`.
+            n: the last n blocks, or the ids of the blocks as in `forward`.
+            reshape: maps [B, D, H/p, W/p] instead of tokens [B, N, D].
+            norm: apply the final LayerNorm to every block's output.
+            return_class_token: give pairs (patches, class tokens); there are C class tokens, so theirs is
+                [B, C, D]: take the mean over C where DINOv2's single token is expected.
+
+        Returns:
+            One tensor (or pair) per block: the last n from shallow to deep, or in the order of the ids.
+
+        Raises:
+            ValueError: see `forward`, and n outside 1 to the number of blocks.
+        """
+        depth = len(self.blocks)
+        if isinstance(n, int):
+            if not 1 <= n <= depth:
+                raise ValueError(f"n = {n}: the encoder has {depth} blocks, ask for 1 to {depth}")
+            n = range(depth - n, depth)
+        suffix = "_norm" if norm else ""
+        outputs = []
+        for features in self(images, n):
+            patches = features[f"patch_tokens{suffix}"]
+            if reshape:
+                grid = self.grid_of(*images.shape[-2:])
+                patches = patches.transpose(1, 2).unflatten(2, grid)  # [B, D, H/p, W/p]
+            outputs.append((patches, features[f"cls_tokens{suffix}"]) if return_class_token else patches)
+        return tuple(outputs)
 
     def _resolve(self, block_ids: Sequence[int] | None) -> list[int]:
         depth = len(self.blocks)
@@ -124,7 +176,7 @@ class PixioViT(nn.Module):
         if keep is not None:
             patches = patches.gather(1, keep.unsqueeze(-1).expand(-1, -1, self.embed_dim))  # [B, V, D]
         cls = self.cls_token + positions[:, : self.n_cls_tokens]  # [1, C, D]
-        return torch.cat([cls.expand(len(images), -1, -1), patches], dim=1)  # [B, C + V, D]
+        return torch.cat([cls.expand(images.shape[0], -1, -1), patches], dim=1)  # [B, C + V, D]
 
     def _features(self, x: Tensor) -> dict[str, Tensor]:
         normed = self.norm(x)

@@ -117,7 +117,8 @@ def resize_positions(
     Returns:
         [1, n_cls + h'*w', D], in the dtype of `positions`.
     """
-    if old_grid == new_grid:
+    # An exported program must serve any size: there the resizing always runs, at the native grid as identity.
+    if not torch.compiler.is_exporting() and old_grid == new_grid:
         return positions
     patches = positions[:, n_cls:].unflatten(1, old_grid).permute(0, 3, 1, 2).float()  # [1, D, h, w]
     patches = F.interpolate(patches, size=new_grid, mode="bicubic", align_corners=False)  # [1, D, h', w']

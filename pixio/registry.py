@@ -9,6 +9,7 @@ get a lighter one here.
 
 import difflib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ from pixio.mae import PixioMAE
 
 _ENCODERS: dict[str, Callable[..., PixioViT]] = {}
 _MAES: dict[str, Callable[..., PixioMAE]] = {}
+_HEADS: dict[tuple[int, int], int] = {}  # (width, blocks) -> heads
 _MAE_OPTIONS = ("mask_grid", "norm_pix_loss")
 
 
 def _encoder(name: str, width: int, blocks: int, heads: int) -> Callable[..., PixioViT]:
-    def build(pretrained: str | None = None, **options: Any) -> PixioViT:
+    def build(pretrained: str | Path | None = None, **options: Any) -> PixioViT:
         options = {"embed_dim": width, "depth": blocks, "num_heads": heads} | options
         if pretrained is None:
             return PixioViT(**options)
@@ -36,20 +38,23 @@ def _encoder(name: str, width: int, blocks: int, heads: int) -> Callable[..., Pi
     build.__doc__ = f"""Encoder of width {width}, {blocks} blocks, {heads} heads.
 
     Args:
-        pretrained: weight file (a released `.pth`, a training checkpoint, a `.safetensors`); None = random.
+        pretrained: weight file (a released `.pth`, a training checkpoint, a `.safetensors`), a folder of
+            transformers, or the id of a Hugging Face repository such as `facebook/pixio-vith16`; see
+            `pixio.weights.read_encoder`. None = random.
         **options: any argument of `PixioViT`.
 
     Raises:
         FileNotFoundError, ValueError: no such file, or one that does not hold exactly this model.
     """
     _ENCODERS[name] = build
+    _HEADS[width, blocks] = heads
     return build
 
 
 def _mae(name: str, encoder: Callable[..., PixioViT]) -> Callable[..., PixioMAE]:
     width, blocks, heads = weights.parse_heads(name)["decoder"]
 
-    def build(pretrained: str | None = None, **options: Any) -> PixioMAE:
+    def build(pretrained: str | Path | None = None, **options: Any) -> PixioMAE:
         decoder = {"decoder_embed_dim": width, "decoder_depth": blocks, "decoder_num_heads": heads}
         decoder |= {key: options.pop(key) for key in _MAE_OPTIONS if key in options}
         return PixioMAE(encoder(pretrained, **options), **decoder)
@@ -89,7 +94,7 @@ def list_models(pretraining: bool = False) -> list[str]:
     return list(_MAES if pretraining else _ENCODERS)
 
 
-def create_model(name: str, pretrained: str | None = None, **options: Any) -> PixioViT | PixioMAE:
+def create_model(name: str, pretrained: str | Path | None = None, **options: Any) -> PixioViT | PixioMAE:
     """Build an encoder or a pre-training model by its name in `list_models`.
 
     Raises:
@@ -101,3 +106,36 @@ def create_model(name: str, pretrained: str | None = None, **options: Any) -> Pi
         hint = f"did you mean {close[0]}? " if close else ""
         raise ValueError(f"unknown model '{name}': {hint}choose one of {', '.join(builders)}")
     return builders[name](pretrained, **options)
+
+
+def from_pretrained(source: str | Path, num_heads: int | None = None, **options: Any) -> PixioViT:
+    """Build the encoder that a file, folder or Hugging Face repository holds, and load it.
+
+    Args:
+        source: as `pretrained` of the builders.
+        num_heads: for sizes that are not in `list_models`, where the source does not name the heads either.
+        **options: further arguments of `PixioViT`, such as `drop_path`.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: see `pixio.weights.read_encoder`; and unknown heads.
+    """
+    state, sizes = read_model(source, num_heads)
+    with torch.device("meta"):
+        model = PixioViT(**{**sizes, **options})
+    weights.assign(model, state, source)
+    return model
+
+
+def read_model(source: str | Path, num_heads: int | None = None) -> tuple[weights.State, dict[str, Any]]:
+    """The state dict of a source and all arguments of `PixioViT` it was made with; see `from_pretrained`."""
+    state, named = weights.read_encoder(source)
+    sizes = weights.infer_sizes(state, source)
+    if num_heads and named and num_heads != named:
+        raise ValueError(f"num_heads {num_heads}, but {source} was made with {named} heads")
+    heads = num_heads or named or _HEADS.get((sizes["embed_dim"], sizes["depth"]))
+    if heads is None:
+        raise ValueError(
+            f"{source}: width {sizes['embed_dim']} with {sizes['depth']} blocks is none of the known models, "
+            "and heads cannot be read off tensors: pass num_heads"
+        )
+    return state, {**sizes, "num_heads": heads}

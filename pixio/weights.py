@@ -1,10 +1,11 @@
-"""Every file a Pixio weight comes in -> one strict state dict. The only place that knows foreign key names.
+"""Every file, folder or repository a Pixio weight comes in -> one strict state dict.
 
-Read safely (never arbitrary pickles), memory-mapped, and strictly: what does not fit exactly is an error that
-says what was found, what was expected, and what to do.
+Read safely (never arbitrary pickles, never a file outside the folder named), memory-mapped, and strictly:
+what does not fit exactly is an error that says what was found, what was expected, and what to do.
 """
 
 import argparse
+import json
 import pickle
 import re
 import zipfile
@@ -14,13 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pixio import layouts
 from pixio.encoder import PixioViT
+from pixio.layers import NORM_EPS
+from pixio.layouts import State
 from pixio.mae import PixioMAE
 
-State = dict[str, Tensor]
 _WRAPPERS = ("module.", "_orig_mod.")  # left in keys by DistributedDataParallel and torch.compile
 _DECODER = re.compile(r"decoder_|mask_token$")
 _HEADS = re.compile(r"enc(\d+)x(\d+)h(\d+)_dec(\d+)x(\d+)h(\d+)$")
+_SUFFIXES = (".safetensors", ".pth", ".pt")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_MAX_JSON = 2**24  # bytes; an index of the largest model has 0.1 MB
 _HARMLESS = [  # the arguments in the release's checkpoints; Python 3.13 renamed the module of paths
     argparse.Namespace,
     (PosixPath, "pathlib.PosixPath"),
@@ -66,8 +73,10 @@ def read_file(path: str | Path) -> dict[str, Any]:
 
 
 def _read_safetensors(path: Path) -> State:
-    from safetensors import SafetensorError, safe_open  # here, so that torch alone is enough for the rest
-
+    try:  # here, so that torch alone is enough for the rest
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise ImportError(f"{path}: reading it needs `pip install safetensors`") from None
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -79,36 +88,186 @@ def split_state(content: dict[str, Any], source: str | Path) -> tuple[State, Sta
     """Encoder and decoder state dicts, under the released keys, from the content of any known file.
 
     Known: a released encoder (flat), the release's training checkpoint (flat encoder and decoder under
-    `model`), ours (`encoder.*` beside the decoder under `model`), each with or without the prefixes of
-    wrapped modules.
+    `model`), ours (`encoder.*` beside the decoder under `model`), and encoders of transformers and timm, each
+    with or without the prefixes of wrapped modules.
     """
     state = content.get("model", content)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{source} holds no state dict: its top-level keys are {_some(content)}")
-    encoder, decoder = {}, {}
-    for key, value in state.items():
-        while key.startswith(_WRAPPERS):
-            key = key.split(".", 1)[1]
-        if _DECODER.match(key):
-            decoder[key] = value
-        else:
-            encoder[key.removeprefix("encoder.")] = value
-    return encoder, decoder
+    state = {_unwrapped(key): value for key, value in state.items()}
+    if layouts.is_transformers(state):
+        return layouts.from_transformers(state), {}
+    decoder = {key: value for key, value in state.items() if _DECODER.match(key)}
+    encoder = {key.removeprefix("encoder."): state[key] for key in state if key not in decoder}
+    return layouts.from_timm(encoder) if layouts.is_timm(encoder) else encoder, decoder
 
 
-def load_encoder(model: PixioViT, path: str | Path) -> None:
-    """Load an encoder file or the encoder of a training checkpoint into `model`, which may be on the meta
-    device.
+def _unwrapped(key: str) -> str:
+    while key.startswith(_WRAPPERS):
+        key = key.split(".", 1)[1]
+    return key
+
+
+def read_encoder(source: str | Path) -> tuple[State, int | None]:
+    """The encoder of any known source under the released keys, mapped and in the file's precision.
+
+    Args:
+        source: a weight file or training checkpoint (`read_file`, `split_state`); a folder with one weight
+            file or the shards of an index, and perhaps transformers' `config.json`; or the id of a Hugging
+            Face repository with such files (`facebook/pixio-vith16`), which needs `huggingface_hub` and uses
+            its cache, token and offline mode.
+
+    Returns:
+        The state dict, and the number of heads if the source names it.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there, no access, or content that is not a Pixio encoder.
+        ImportError: a library that this kind of source needs is missing.
+    """
+    path = Path(source).expanduser()
+    if not path.exists() and _HUB_ID.fullmatch(str(source)) and path.suffix not in _SUFFIXES:
+        path = _download(str(source))
+    if not path.is_dir():
+        content = read_file(path)
+        named = parse_heads(str(_training_config(content).get("model", ""))).get("encoder")
+        return split_state(content, source)[0], named and named[2]
+    state, _ = split_state(_read_folder(path), source)
+    config_file = path / "config.json"
+    config = _read_json(_inside(path, config_file.name)) if config_file.exists() else {}
+    return state, _check_config(config, state, config_file) if "model_type" in config else None
+
+
+def _training_config(content: dict[str, Any]) -> dict[str, Any]:
+    config = content.get("config", content.get("args", {}))
+    config = vars(config) if isinstance(config, argparse.Namespace) else config
+    return config if isinstance(config, dict) else {}
+
+
+def _download(repository: str) -> Path:
+    """The local copy of a Hugging Face repository; `.pth` files only where there is nothing safer."""
+    try:
+        from huggingface_hub import errors, snapshot_download
+    except ImportError:
+        raise ImportError(
+            f"there is no file or folder {repository}; to fetch the repository of this name from the Hugging "
+            "Face hub, `pip install huggingface_hub`"
+        ) from None
+    page = f"https://huggingface.co/{repository}"
+    try:
+        for patterns in (["config.json", "model*.safetensors", _INDEX], ["*.pth"]):
+            folder = Path(snapshot_download(repository, allow_patterns=patterns))
+            if any(file.suffix in _SUFFIXES for file in folder.iterdir()):
+                return folder
+    except errors.GatedRepoError:
+        raise ValueError(
+            f"{repository} is gated: request access at {page} while logged in, and when it is granted log in "
+            "here with `hf auth login`, or set HF_TOKEN to a token from https://huggingface.co/settings/tokens"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise FileNotFoundError(
+            f"there is no file or folder {repository}, and no repository {page} that you may see; if it is "
+            "private, log in with `hf auth login`"
+        ) from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        raise FileNotFoundError(
+            f"there is no file or folder {repository}, the repository of this name is not in the cache, and "
+            "the hub cannot be reached (no network, or HF_HUB_OFFLINE is set): download it once with "
+            f"`hf download {repository}`"
+        ) from None
+    except errors.HfHubHTTPError as error:
+        raise ValueError(f"{page} cannot be downloaded: {str(error).splitlines()[0]}") from None
+    raise FileNotFoundError(f"{page}: no {_SINGLE}, {_INDEX} or .pth file there, or none in the cache")
+
+
+def _read_folder(folder: Path) -> dict[str, Any]:
+    """Content of the folder's only weight file, or of all shards that its index lists."""
+    if (folder / _INDEX).exists() and not (folder / _SINGLE).exists():
+        index = _inside(folder, _INDEX)
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{index} has no weight_map from tensors to files")
+        shards = {name: read_file(_inside(folder, name, ".safetensors")) for name in {*weight_map.values()}}
+        for name, shard in shards.items():
+            listed = {key for key, file in weight_map.items() if file == name}
+            if odd := listed ^ shard.keys():
+                raise ValueError(f"{folder / name} and {index} disagree on {_some(odd)}; download both again")
+        return {key: value for shard in shards.values() for key, value in shard.items()}
+    found = sorted(file.name for file in folder.iterdir() if file.suffix in _SUFFIXES)
+    if _SINGLE not in found and len(found) != 1:
+        raise FileNotFoundError(
+            f"{folder} holds {_some(found) or 'no weight file'}; expected {_SINGLE}, {_INDEX} with its "
+            f"shards, or one file ending in {', '.join(_SUFFIXES)}: name the file"
+        )
+    return read_file(_inside(folder, _SINGLE if _SINGLE in found else found[0]))
+
+
+def _inside(folder: Path, name: str, suffix: str = "") -> Path:
+    """The file `name` of `folder`; no path and no link may lead out, but into the hub's own cache."""
+    path, root = folder / name, folder.resolve()
+    if Path(name).name != name or not name.endswith(suffix):
+        raise ValueError(f"{folder}: '{name}' is not the plain name of a {suffix or 'file'} in this folder")
+    blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else root
+    if path.resolve().parent not in (root, blobs):
+        raise ValueError(f"{path} leads out of its folder, to {path.resolve()}; put the file itself there")
+    return path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise ValueError(f"{path.stat().st_size:,} bytes, at most {_MAX_JSON:,} expected")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def _check_config(config: dict[str, Any], state: State, path: Path) -> int | None:
+    """The heads that transformers' configuration names, after comparing all the rest with the tensors."""
+    sizes = infer_sizes(state, path.parent)
+    size = sizes["img_size"]
+    known = {
+        "model_type": ("pixio",),
+        "hidden_size": (sizes["embed_dim"],),
+        "num_hidden_layers": (sizes["depth"],),
+        "mlp_ratio": (sizes["mlp_ratio"],),
+        "image_size": (size, [size, size]),
+        "patch_size": (sizes["patch_size"], [sizes["patch_size"]] * 2),
+        "num_channels": (sizes["in_chans"],),
+        "n_cls_tokens": (sizes["n_cls_tokens"],),
+        "hidden_act": ("gelu",),
+        "layer_norm_eps": (NORM_EPS,),
+        "qkv_bias": (True,),
+    }
+    for key, values in known.items():
+        if key in config and config[key] not in values:
+            raise ValueError(
+                f"{path}: {key} is {config[key]!r:.80}, expected {values[0]!r} for the tensors beside it"
+            )
+    heads = config.get("num_attention_heads")
+    if heads is not None and (
+        type(heads) is not int or not 0 < heads <= sizes["embed_dim"] or sizes["embed_dim"] % heads
+    ):
+        raise ValueError(f"{path}: num_attention_heads is {heads!r:.80}, which does not divide the width")
+    return heads
+
+
+def load_encoder(model: PixioViT, source: str | Path) -> None:
+    """Load any source of `read_encoder` into `model`, which may be on the meta device.
 
     The weights stay mapped from the file until they are used, so they are never held twice; half-precision
     files are widened to float32.
 
     Raises:
-        FileNotFoundError, ValueError: see `read_file`; and any missing, unexpected or differently shaped
-        tensor.
+        FileNotFoundError, ValueError, ImportError: see `read_encoder`; and any missing, unexpected or
+        differently shaped tensor, or another number of heads.
     """
-    state, _ = split_state(read_file(path), path)
-    _assign(model, state, path)
+    state, heads = read_encoder(source)
+    if heads and heads != model.num_heads:
+        raise ValueError(f"{source} was made with {heads} heads, the model has {model.num_heads}")
+    assign(model, state, source)
 
 
 def load_mae(
@@ -133,8 +292,7 @@ def load_mae(
     encoder_state, decoder_state = split_state(content, path)
     if "decoder_embed.weight" not in decoder_state:
         raise ValueError(f"{path} has no decoder: it is an encoder file; give a training checkpoint")
-    config = content.get("config", content.get("args", {}))
-    config = vars(config) if isinstance(config, argparse.Namespace) else config
+    config = _training_config(content)
     named = parse_heads(str(config.get("model", "")))
     num_heads = num_heads or named.get("encoder", (0, 0, 0))[2]
     decoder_num_heads = decoder_num_heads or named.get("decoder", (0, 0, 0))[2]
@@ -150,7 +308,7 @@ def load_mae(
     with torch.device("meta"):
         encoder = PixioViT(**{**sizes, "num_heads": num_heads, **options})
         model = PixioMAE(encoder, width, blocks, decoder_num_heads, mask_grid, norm_pix_loss)
-    _assign(model, {f"encoder.{key}": value for key, value in encoder_state.items()} | decoder_state, path)
+    assign(model, {f"encoder.{key}": value for key, value in encoder_state.items()} | decoder_state, path)
     return model
 
 
@@ -169,11 +327,15 @@ def infer_sizes(state: State, source: str | Path) -> dict[str, Any]:
         width, channels, patch_size, _ = state["patch_embed.proj.weight"].shape
         n_cls_tokens, n_positions = state["cls_token"].shape[1], state["pos_embed"].shape[1]
         hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, IndexError):
         raise ValueError(f"{source} is not a Pixio encoder: its keys are {_some(state)}") from None
-    side = round((n_positions - n_cls_tokens) ** 0.5)
-    if side * side != n_positions - n_cls_tokens:
-        raise ValueError(f"{source}: {n_positions - n_cls_tokens} patch positions are no square grid")
+    n_patches = n_positions - n_cls_tokens
+    side = round(max(n_patches, 0) ** 0.5)
+    if side * side != n_patches or min(width, channels, patch_size, hidden, side) < 1:
+        raise ValueError(
+            f"{source} is not a Pixio encoder: width {width}, {channels} channels, patches of {patch_size} "
+            f"pixels, MLP of {hidden}, {n_patches} patch positions (a square grid is expected)"
+        )
     return {
         "img_size": side * patch_size,
         "patch_size": patch_size,
@@ -189,8 +351,18 @@ def _depth(state: State, blocks: str) -> int:
     return len({key.split(".")[1] for key in state if key.startswith(f"{blocks}.")})
 
 
-def _assign(model: nn.Module, state: State, source: str | Path) -> None:
-    """Make `state` the weights of `model` without a copy, or say precisely how the two differ."""
+def assign(model: nn.Module, state: State, source: str | Path) -> None:
+    """Make `state` the weights of `model` without a copy, after `check_fit`; half precision is widened."""
+    check_fit(model, state, source)
+    model.load_state_dict({key: value.float() for key, value in state.items()}, strict=True, assign=True)
+
+
+def check_fit(model: nn.Module, state: State, source: str | Path) -> None:
+    """Compare the names, shapes and kinds of the tensors of `state` with those of `model`.
+
+    Raises:
+        ValueError: they differ; the message says precisely how.
+    """
     expected = model.state_dict()
     complaints = []
     if missing := expected.keys() - state.keys():
@@ -204,13 +376,16 @@ def _assign(model: nn.Module, state: State, source: str | Path) -> None:
     ]
     if shapes:
         complaints.append(f"other shapes: {_some(shapes)}")
-    if integers := [key for key, value in state.items() if not value.is_floating_point()]:
-        complaints.append(f"not floating point: {_some(integers)}")
+    if odd := [key for key, value in state.items() if not _is_plain(value)]:
+        complaints.append(f"not plain floating point: {_some(odd)}")
     if complaints:
         raise ValueError(
             f"{source} does not fit this model: {'; '.join(complaints)}. {_advice(model, state)}"
         )
-    model.load_state_dict({key: value.float() for key, value in state.items()}, strict=True, assign=True)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.layout == torch.strided and tensor.device.type == "cpu"
 
 
 def _advice(model: nn.Module, state: State) -> str:

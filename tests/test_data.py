@@ -408,7 +408,9 @@ def test_hostile_member_names_reach_nothing_outside(tmp_path):
         fifo = tarfile.TarInfo("pipe.png")
         fifo.type = tarfile.FIFOTYPE
         tar.addfile(fifo)
-    assert sorted(take(Loader(stream_of(path.parent, 3)), 1)[0]) == [1, 2, 3]
+    loader = Loader(stream_of(path.parent, 3))
+    assert [sorted(batch) for batch in take(loader, 2)] == [[1, 2, 3]] * 2
+    assert loader.counts == {"seen": 6, "kept": 6}
 
 
 # ------------------------------------------------------------------------------------------------ curation
@@ -520,6 +522,12 @@ def test_set_that_chance_never_keeps_is_an_error(tmp_path):
     stream = open_stream("webdataset", tars, size=4, batch_size=1, json_path=stats, soft_sampling=True)
     with pytest.raises(DataError, match="sampled_out"):
         take(Loader(stream), 1)
+
+
+def test_rarely_kept_image_is_waited_for(tmp_path):
+    tars, stats = write_web(tmp_path, [good(mae_loss=0.1)])
+    stream = open_stream("webdataset", tars, size=4, batch_size=5, json_path=stats, soft_sampling=True)
+    assert take(Loader(stream), 1) == [[0] * 5]
 
 
 def test_unlucky_consumer_waits_for_its_turn(tmp_path):

@@ -49,7 +49,7 @@ class TrainConfig:
     tensorboard: bool = option(False, "also log to TensorBoard")
     wandb: bool = option(False, "also log to Weights & Biases")
     # machine
-    device: str = option("auto", "auto, cpu, cuda, mps")
+    device: str = option("auto", "auto (a GPU if there is one), cpu, or the name of a torch device")
     dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", "what autocast computes in")
     compile: bool = option(False, "compile the model with torch.compile")
     world_size: int | None = option(None, "processes, when started by hand; launchers tell it")

@@ -57,9 +57,12 @@ class Runtime:
         """Gradient scaler: active in fp16, whose range is too small for gradients, transparent otherwise."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
-    def seed(self, seed: int, step: int) -> None:
-        """Make torch's random numbers a pure function of (seed, step, rank): no generator needs saving."""
-        text = f"{seed}/{step}/{self.rank}".encode()
+    def seed(self, seed: int, step: int, part: str = "") -> None:
+        """Make torch's random numbers a pure function of (seed, step, rank, part): no generator needs saving.
+
+        Parts of a step that name themselves draw the same numbers whatever the others draw.
+        """
+        text = f"{seed}/{step}/{self.rank}{part and '/'}{part}".encode()
         torch.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big", signed=True))
 
     def wrap(self, model: nn.Module) -> nn.Module:

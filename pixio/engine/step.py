@@ -1,8 +1,12 @@
-"""One optimiser step: gradients accumulated over micro batches, checked on every rank, then applied."""
+"""One optimiser step: gradients accumulated over micro batches, checked on every rank, then applied.
+
+`accumulate` does it for one model. Models that learn side by side take the halves, `compute_gradients` for
+each and one `apply_gradients` for all, so that either all of them take a step or none.
+"""
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,17 +21,24 @@ class NonFiniteLoss(ArithmeticError):  # noqa: N818 (it names what was found)
     Attributes:
         losses: mean loss of each rank's micro batches, in rank order.
         grad_norm: norm of the gradients averaged over ranks.
+        model: which model it was, where several learn side by side; else empty.
     """
 
-    def __init__(self, losses: list[float], grad_norm: float) -> None:
+    def __init__(self, losses: list[float], grad_norm: float, model: str = "") -> None:
         bad = [f"rank {rank}: {loss}" for rank, loss in enumerate(losses) if not math.isfinite(loss)]
-        found = f"the loss is not finite ({', '.join(bad)})" if bad else "the gradients are not finite"
+        whose = f" of {model}" if model else ""
+        found = (
+            f"the loss{whose} is not finite ({', '.join(bad)})"
+            if bad
+            else f"the gradients{whose} are not finite"
+        )
         super().__init__(
             f"{found}; gradient norm {grad_norm}; the weights are those before this step. "
             "Look at the last images read, lower the learning rate, or compute in fp32"
         )
         self.losses = losses
         self.grad_norm = grad_norm
+        self.model = model
 
 
 class StepResult(NamedTuple):
@@ -35,6 +46,16 @@ class StepResult(NamedTuple):
 
     loss: Tensor  # mean over micro batches and ranks
     grad_norm: Tensor  # Euclidean, before clipping; not finite when fp16 skips the step
+
+
+class Gradients(NamedTuple):
+    """What `compute_gradients` left in a model's parameters, not yet agreed upon and applied."""
+
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    parameters: list[nn.Parameter]
+    loss: Tensor  # of this rank, mean over micro batches
+    norm: Tensor  # Euclidean, before clipping
 
 
 def accumulate(
@@ -48,19 +69,35 @@ def accumulate(
 ) -> StepResult:
     """Take one optimiser step with the mean gradient over `micro_batches` and ranks.
 
-    The ranks exchange gradients with the last micro batch only. Before anything changes they agree that all
-    is finite, which reads one flag from the device; nothing else waits for it (fp16's scaler reads one more).
+    Args: those of `compute_gradients` and `apply_gradients`.
+
+    Raises:
+        NonFiniteLoss, ValueError: see there.
+    """
+    gradients = compute_gradients(runtime, model, optimizer, scaler, micro_batches, loss_fn)
+    return apply_gradients(runtime, {"": gradients}, clip_grad)[""]
+
+
+def compute_gradients(
+    runtime: Runtime,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    micro_batches: Sequence[Any],
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+) -> Gradients:
+    """Leave the mean gradient over `micro_batches` and ranks in the parameters; nothing else changes.
+
+    The ranks exchange gradients with the last micro batch only, and nothing waits for the device.
 
     Args:
         model: what `runtime.wrap` returned.
-        optimizer: its parameters are those clipped and measured.
-        scaler: from `runtime.make_scaler`.
+        optimizer: its parameters are those measured, and later clipped and changed.
+        scaler: from `runtime.make_scaler`, one for each optimiser.
         micro_batches: equally large, or the mean is not that of their samples.
         loss_fn: `loss_fn(model, micro_batch)` is a scalar mean; it runs under autocast.
-        clip_grad: largest gradient norm allowed; None leaves gradients alone.
 
     Raises:
-        NonFiniteLoss: on every rank, when the loss or (outside fp16) the gradient norm of any is not finite.
         ValueError: there is no micro batch.
     """
     if not micro_batches:
@@ -74,20 +111,45 @@ def accumulate(
                 loss = loss_fn(model, micro_batch) / len(micro_batches)
             scaler.scale(loss).backward()
         losses.append(loss.detach().float())
-    local_loss = torch.stack(losses).sum()
 
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
-    finite = local_loss.isfinite()
-    if not scaler.is_enabled():  # fp16 meets infinite gradients now and then: its scaler skips the step
-        finite = finite & grad_norm.isfinite()
-    loss, bad = runtime.mean(torch.stack([local_loss, (~finite).float()])).unbind()
-    if bad.item() > 0:
-        raise NonFiniteLoss(runtime.gather(local_loss.item()), grad_norm.item())
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    return Gradients(optimizer, scaler, parameters, torch.stack(losses).sum(), norm)
 
-    if clip_grad is not None:
-        nn.utils.clip_grads_with_norm_(parameters, clip_grad, grad_norm)
-    scaler.step(optimizer)
-    scaler.update()
-    return StepResult(loss, grad_norm)
+
+def apply_gradients(
+    runtime: Runtime, gradients: Mapping[str, Gradients], clip_grad: float | None = None
+) -> dict[str, StepResult]:
+    """Let every model take its optimiser step, or, where one has met a non-finite number, none of them.
+
+    Before anything changes the ranks agree that all is finite, which reads one number from the device;
+    nothing else waits for it (fp16's scalers read one more each).
+
+    Args:
+        gradients: of each model, by the name that an error shall give.
+        clip_grad: largest gradient norm allowed, of each model; None leaves gradients alone.
+
+    Raises:
+        NonFiniteLoss: on every rank, when the loss or (outside fp16) the gradient norm of any model on any
+            rank is not finite; it names one such model.
+    """
+    losses = torch.stack([found.loss for found in gradients.values()])  # [models]
+    # fp16 meets infinite gradients now and then: its scaler skips the step
+    finite = [
+        found.loss.isfinite() & (found.norm.isfinite() | found.scaler.is_enabled())
+        for found in gradients.values()
+    ]
+    losses, bad = runtime.mean(torch.stack([losses, (~torch.stack(finite)).float()]))  # 2 x [models]
+    if bad.any().item():
+        name, found = list(gradients.items())[int(bad.argmax())]
+        raise NonFiniteLoss(runtime.gather(found.loss.item()), found.norm.item(), name)
+
+    results = {}
+    for (name, found), loss in zip(gradients.items(), losses, strict=True):
+        if clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(found.parameters, clip_grad, found.norm)
+        found.scaler.step(found.optimizer)
+        found.scaler.update()
+        results[name] = StepResult(loss, found.norm)
+    return results
