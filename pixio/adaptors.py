@@ -11,7 +11,6 @@ Letters: B images, H x W pixels, N patches, C class (and register) tokens, D wid
 import difflib
 import hashlib
 import importlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ def load_encoder(name: str, pretrained: str | Path | None = None, **options: Any
             weight file when not given); for timm any argument of its model, such as `img_size`; for hf none.
 
     Returns:
-        A module in evaluation mode with the attributes `embed_dim`, `patch_size`, `n_cls_tokens` and `blocks`,
+        A module in evaluation mode with the attributes `embed_dim`, `patch_size`, `n_cls_tokens`, `blocks`,
         and with `forward(images, block_ids=None)` and `grid_of(height, width)` as in `PixioViT`.
 
     Raises:
@@ -53,10 +52,9 @@ def load_encoder(name: str, pretrained: str | Path | None = None, **options: Any
         encoder = TimmEncoder(rest, pretrained, **options)
     elif library == "hf":
         if pretrained is not None or options:
-            raise ValueError(
-                f"{name} brings its weights and sizes; leave out {pretrained or ', '.join(options)}"
-            )
-        encoder = TransformersEncoder(rest)
+            surplus = ", ".join([*options, *([str(pretrained)] if pretrained else [])])
+            raise ValueError(f"{name} brings its own weights and sizes: leave out {surplus}")
+        encoder = _load_folder(Path(rest).expanduser())
     else:
         raise ValueError(f"unknown encoder '{name}': expected pixio_…, timm/NAME or hf/FOLDER")
     return encoder.eval()
@@ -68,7 +66,7 @@ def depth_of(encoder: nn.Module) -> int:
 
 
 def fingerprint(encoder: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and values of all weights: equal for encoders that compute alike."""
+    """SHA-256 over names, types, shapes and values of all weights, on whatever device they are."""
     digest = hashlib.sha256()
     for key, value in sorted(encoder.state_dict().items()):
         digest.update(f"{key} {value.dtype} {list(value.shape)}\n".encode())
@@ -103,6 +101,7 @@ class _Adaptor(nn.Module):
     """
 
     in_chans = 3
+    # What the native encoder says about sizes, block ids and output holds here word for word.
     grid_of = PixioViT.grid_of
     _resolve = PixioViT._resolve
     _features = PixioViT._features
@@ -165,7 +164,7 @@ class TimmEncoder(_Adaptor):
             near = ", ".join(difflib.get_close_matches(name.split(".")[0], choices, n=3, cutoff=0))
             what = "is not a plain vision transformer" if timm.is_model(name) else "is unknown"
             raise ValueError(
-                f"timm/{name} {what}: choose a model of {', '.join(_TIMM_MODULES)}, such as {near}"
+                f"timm/{name} {what}: choose a model of timm's {', '.join(_TIMM_MODULES)}, such as {near}"
             )
         try:
             model = timm.create_model(name, num_classes=0, **{"dynamic_img_size": True, **options})
@@ -211,7 +210,10 @@ def _load_timm(model: nn.Module, path: str | Path, name: str) -> None:
 
 
 def _load_folder(folder: Path) -> nn.Module:
-    kind = _read_json(folder / "config.json").get("model_type")
+    config = folder / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"no config.json in {folder.absolute()}: give a folder saved by transformers")
+    kind = weights._read_json(config).get("model_type")
     if kind == "pixio":
         return registry.from_pretrained(folder)
     if kind not in _TRANSFORMERS:
@@ -286,26 +288,13 @@ def _read_statistics(path: Path) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and standard deviation that a preprocessor applies."""
     if not path.is_file():
         return _IMAGENET
-    content = _read_json(path)
+    content = weights._read_json(path)
     values = content.get("image_mean", _IMAGENET[0]), content.get("image_std", _IMAGENET[1])
     for value in values:
-        if len(value) != 3 or not all(isinstance(number, float | int) for number in value):
+        numbers = isinstance(value, list | tuple) and all(isinstance(v, float | int) for v in value)
+        if not numbers or len(value) != 3:
             raise ValueError(f"{path}: image_mean and image_std must be three numbers, found {value!r}")
     return values
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no {path.name} in {path.parent.absolute()}: give a folder saved by transformers"
-        )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object")
-    return content
 
 
 def _shorten(message: Any) -> str:

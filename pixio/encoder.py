@@ -68,9 +68,10 @@ class PixioViT(nn.Module):
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, rate) for rate in rates)
         self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
 
-        self.apply(init_weights)
-        nn.init.normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if not self.pos_embed.is_meta:  # drawing there makes torch import its compiler, which takes a second
+            self.apply(init_weights)
+            nn.init.normal_(self.cls_token, std=0.02)
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Patches per column and per row of a height x width image (pixels)."""

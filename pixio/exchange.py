@@ -44,7 +44,7 @@ def convert(
         target: file or folder to make; its parent exists, itself it does not.
         to: `pth` (the released layout), `safetensors` (likewise), `transformers` (a folder for `AutoModel`,
             `AutoBackbone` and `AutoImageProcessor` of every version with Pixio), `timm` (for a
-            `VisionTransformer` with registers; safetensors if the target ends so) or `onnx`.
+            `VisionTransformer` with registers; as safetensors if the target ends so) or `onnx`.
         num_heads: where neither the source nor its size tells; see `pixio.from_pretrained`.
         batch: images per batch of an `onnx` model; None = any number.
         size: (height, width) in pixels of its images; None = any multiples of the patch size.
@@ -61,6 +61,8 @@ def convert(
     if to != "onnx" and (batch or size):
         raise ValueError(f"batch and size belong to onnx; a {to} model takes any")
     source, target = str(source), Path(target)
+    if to in ("pth", "safetensors") and (to == "safetensors") != (target.suffix == ".safetensors"):
+        raise ValueError(f"{target} as {to}: files are told by their ending, name it {target.stem}.{to}")
     state, sizes = read_model(source, num_heads)
     with torch.device("meta"):
         model = PixioViT(**sizes)

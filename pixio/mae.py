@@ -85,11 +85,12 @@ class PixioMAE(nn.Module):
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=NORM_EPS)
         self.decoder_pred = nn.Linear(decoder_embed_dim, encoder.patch_size**2 * encoder.in_chans)
 
-        for name, child in self.named_children():
-            if name != "encoder":
-                child.apply(init_weights)
-        nn.init.normal_(self.mask_token, std=0.02)
-        nn.init.trunc_normal_(self.decoder_pos_embed, std=0.02)
+        if not self.mask_token.is_meta:
+            for name, child in self.named_children():
+                if name != "encoder":
+                    child.apply(init_weights)
+            nn.init.normal_(self.mask_token, std=0.02)
+            nn.init.trunc_normal_(self.decoder_pos_embed, std=0.02)
 
     def forward(self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None) -> MAEOutput:
         """Mask, encode, decode, and compare with the pixels of the masked patches.

@@ -92,7 +92,9 @@ def split_state(content: dict[str, Any], source: str | Path) -> tuple[State, Sta
     with or without the prefixes of wrapped modules.
     """
     state = content.get("model", content)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
         raise ValueError(f"{source} holds no state dict: its top-level keys are {_some(content)}")
     state = {_unwrapped(key): value for key, value in state.items()}
     if layouts.is_transformers(state):
@@ -133,7 +135,7 @@ def read_encoder(source: str | Path) -> tuple[State, int | None]:
         return split_state(content, source)[0], named and named[2]
     state, _ = split_state(_read_folder(path), source)
     config_file = path / "config.json"
-    config = _read_json(_inside(path, config_file.name)) if config_file.exists() else {}
+    config = _read_json(_inside(path, config_file.name)) if config_file.is_file() else {}
     return state, _check_config(config, state, config_file) if "model_type" in config else None
 
 
@@ -181,7 +183,7 @@ def _download(repository: str) -> Path:
 
 def _read_folder(folder: Path) -> dict[str, Any]:
     """Content of the folder's only weight file, or of all shards that its index lists."""
-    if (folder / _INDEX).exists() and not (folder / _SINGLE).exists():
+    if (folder / _INDEX).is_file() and not (folder / _SINGLE).is_file():
         index = _inside(folder, _INDEX)
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):

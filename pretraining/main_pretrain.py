@@ -26,6 +26,7 @@ from pixio.engine.optim import make_adamw, set_lr
 from pixio.engine.recipe import TrainConfig
 from pixio.engine.runtime import Runtime, start_runtime
 from pixio.engine.schedule import warmup_cosine
+from pixio.engine.signals import Stopped, heed_signals
 from pixio.engine.step import NonFiniteLoss, accumulate
 
 
@@ -53,7 +54,7 @@ class PretrainConfig(TrainConfig):
 
 # ---------------------------------------------------------------------------------------------- the run
 def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
-    """Train until the last step; saves on the way, and before it raises `NonFiniteLoss`."""
+    """Train until the last step; saves on the way, and before it raises `NonFiniteLoss` or `Stopped`."""
     output = Path(config.output_dir)
     base_lr = config.peak_lr(runtime.world_size)
 
@@ -160,12 +161,17 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
             memory=runtime.memory,
             data=dict(loader.counts),
         )
+        stopping = runtime.asked_to_stop() and done < config.total_steps
         if (
-            interval.due(done)
+            stopping
+            or interval.due(done)
             or done == config.total_steps
             or (config.keep_every and done % config.keep_every == 0)
         ):
             save(done)
+        if stopping:
+            log.close()
+            raise Stopped
     log.close()
 
 
@@ -183,13 +189,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, start, train; a mistake or a failure ends the program with one line."""
     config = parse(PretrainConfig, argv, prog="main_pretrain.py")
     try:
-        runtime = start_runtime(
-            config.device, config.dtype, config.world_size, config.local_rank, config.dist_url
-        )
-        try:
-            pretrain(config, runtime)
-        finally:
-            runtime.close()
+        with heed_signals():
+            runtime = start_runtime(
+                config.device, config.dtype, config.world_size, config.local_rank, config.dist_url
+            )
+            try:
+                pretrain(config, runtime)
+            finally:
+                runtime.close()
     except (ValueError, OSError, DataError, NonFiniteLoss) as error:
         raise SystemExit(f"main_pretrain.py: error: {error}") from error
 

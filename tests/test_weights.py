@@ -1,15 +1,20 @@
 """Weight files: every known layout loads strictly, everything else is one clear error that runs nothing."""
 
 import argparse
+import json
 import os
+import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
-from safetensors.torch import save_file
+from huggingface_hub import constants, errors
+from safetensors.torch import load_file, save_file
 
 import pixio
 from pixio import PixioViT
+from pixio.exchange import convert
 
 OPTIONS = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 3, "n_cls_tokens": 3}
 NAME = "pixio_vitx16_enc48x2h3_dec32x2h2"
@@ -159,7 +164,9 @@ def test_a_pickle_with_foreign_objects_is_refused_and_not_executed(mae, tmp_path
     assert not os.path.exists(target)
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"weights": 3}, {"model": {"a": "text"}}])
+@pytest.mark.parametrize(
+    "content", [[1, 2], {"weights": 3}, {"model": {"a": "text"}}, {"model": {1: torch.zeros(2)}}]
+)
 def test_files_without_a_state_dict_are_refused(tmp_path, content):
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"expected a state dict|holds no state dict"):
@@ -168,5 +175,327 @@ def test_files_without_a_state_dict_are_refused(tmp_path, content):
 
 def test_integer_weights_are_refused(mae, tmp_path):
     torch.save({k: v.to(torch.int8) for k, v in mae.encoder.state_dict().items()}, tmp_path / "int.pth")
-    with pytest.raises(ValueError, match="not floating point"):
+    with pytest.raises(ValueError, match="not plain floating point"):
         small_encoder(tmp_path / "int.pth")
+
+
+# --- folders and the Hugging Face hub
+
+
+@pytest.fixture
+def folder(mae, tmp_path):
+    """A transformers folder; everything beside it in `tmp_path` is outside."""
+    torch.save(mae.encoder.state_dict(), tmp_path / "encoder.pth")
+    convert(tmp_path / "encoder.pth", tmp_path / "folder", "transformers", num_heads=3)
+    return tmp_path / "folder"
+
+
+def shard(folder):
+    """Split the weights of a folder into two files and an index, as transformers does."""
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    parts = {"a.safetensors": sorted(state)[::2], "b.safetensors": sorted(state)[1::2]}
+    for name, keys in parts.items():
+        save_file({key: state[key] for key in keys}, folder / name)
+    weight_map = {key: name for name, keys in parts.items() for key in keys}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return weight_map
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_from_pretrained_finds_the_architecture(mae, folder, tmp_path):
+    our_checkpoint(mae, tmp_path / "ours.pt")
+    torch.save(pixio.pixio_vitpico16().state_dict(), tmp_path / "pico.pth")
+    for source in (folder, tmp_path / "ours.pt"):
+        loaded = pixio.from_pretrained(source, drop_path=0.1)
+        assert (loaded.num_heads, loaded.img_size, loaded.n_cls_tokens) == (3, (64, 64), 3)
+        assert loaded.blocks[-1].drop_path.probability == 0.1
+        assert_same_weights(loaded, mae.encoder)
+    assert pixio.from_pretrained(tmp_path / "pico.pth").num_heads == 4
+
+
+def test_heads_that_nothing_names_are_asked_for(mae, folder, tmp_path):
+    with pytest.raises(ValueError, match=r"width 48 with 2 blocks is none of .*pass num_heads"):
+        pixio.from_pretrained(tmp_path / "encoder.pth")
+    assert_same_weights(pixio.from_pretrained(tmp_path / "encoder.pth", num_heads=3), mae.encoder)
+    with pytest.raises(ValueError, match=r"num_heads 4, but .* was made with 3 heads"):
+        pixio.from_pretrained(folder, num_heads=4)
+
+
+def test_sharded_weights_load_by_their_index(mae, folder):
+    shard(folder)
+    assert_same_weights(pixio.from_pretrained(folder), mae.encoder)
+
+
+def test_a_folder_with_one_weight_file_of_any_name_loads(mae, tmp_path):
+    (tmp_path / "run").mkdir()
+    our_checkpoint(mae, tmp_path / "run" / "step_00000007.pt")
+    assert_same_weights(small_encoder(tmp_path / "run"), mae.encoder)
+    our_checkpoint(mae, tmp_path / "run" / "step_00000008.pt")
+    with pytest.raises(FileNotFoundError, match=r"holds step_00000007.pt, step_00000008.pt; expected"):
+        small_encoder(tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"holds no weight file; expected model.safetensors"):
+        small_encoder(tmp_path / "empty")
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """A function that puts a file or a folder into an empty cache of the hub, which is set to offline."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def put(repository, *files):
+        root = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
+        revision = "0123456789abcdef0123456789abcdef01234567"
+        snapshot = root / "snapshots" / revision
+        for place in (root / "refs", root / "blobs", snapshot):
+            place.mkdir(parents=True)
+        (root / "refs" / "main").write_text(revision)
+        for i, file in enumerate(files):
+            shutil.copy(file, root / "blobs" / f"{i:040x}")
+            (snapshot / file.name).symlink_to(f"../../blobs/{i:040x}")
+        return snapshot
+
+    return put
+
+
+def test_a_cached_repository_loads_offline_by_its_id_or_its_folder(mae, folder, hub_cache):
+    snapshot = hub_cache("someone/pixio-tiny", *folder.iterdir())
+    assert_same_weights(pixio.from_pretrained("someone/pixio-tiny"), mae.encoder)
+    assert_same_weights(small_encoder("someone/pixio-tiny"), mae.encoder)
+    assert_same_weights(pixio.from_pretrained(snapshot), mae.encoder)
+
+
+def test_a_cached_repository_with_a_pth_file_alone_loads(mae, folder, hub_cache, tmp_path):
+    hub_cache("someone/pixio-tiny", tmp_path / "encoder.pth")
+    assert_same_weights(small_encoder("someone/pixio-tiny"), mae.encoder)
+
+
+def test_a_repository_that_is_not_in_the_cache_says_so_offline(hub_cache):
+    with pytest.raises(FileNotFoundError, match=r"not in the cache.*HF_HUB_OFFLINE.*hf download facebook/p"):
+        pixio.from_pretrained("facebook/pixio-vith16")
+
+
+def test_a_repository_without_weights_says_so(folder, hub_cache):
+    hub_cache("someone/pixio-tiny", folder / "config.json")
+    with pytest.raises(FileNotFoundError, match=r"someone/pixio-tiny: no model.safetensors"):
+        pixio.from_pretrained("someone/pixio-tiny")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (
+            errors.GatedRepoError,
+            ValueError,
+            r"request access at https://huggingface.co/a/b .*hf auth login",
+        ),
+        (errors.RepositoryNotFoundError, FileNotFoundError, r"no file or folder a/b, and no repository"),
+        (errors.HfHubHTTPError, ValueError, r"https://huggingface.co/a/b cannot be downloaded: 503"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_clear_error(monkeypatch, error, kind, message):
+    def refuse(*_, **__):
+        refusal = error.__new__(error)
+        refusal.args = ("503 Server Error\n\nTrace",)
+        raise refusal
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(kind, match=message):
+        pixio.from_pretrained("a/b")
+
+
+def test_weights_are_preferred_to_pickles_and_nothing_else_is_downloaded(mae, folder, monkeypatch):
+    asked = []
+
+    def download(repository, allow_patterns):
+        asked.append(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert_same_weights(pixio.from_pretrained("a/b"), mae.encoder)
+    assert asked == [["config.json", "model*.safetensors", "model.safetensors.index.json"]]
+
+
+def test_a_local_folder_comes_before_a_repository_of_the_same_name(mae, folder, monkeypatch):
+    monkeypatch.chdir(folder.parent.parent)
+    assert_same_weights(pixio.from_pretrained(f"{folder.parent.name}/folder"), mae.encoder)
+
+
+# --- broken and hostile folders
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 10**15}, r"hidden_size is 1000000000000000, expected 48"),
+        ({"num_hidden_layers": -1}, r"num_hidden_layers is -1, expected 2"),
+        ({"image_size": [64, 10**9]}, r"image_size is \[64, 1000000000\], expected 64"),
+        ({"num_attention_heads": 10**12}, r"num_attention_heads is 1000000000000, which does not divide"),
+        ({"num_attention_heads": 0}, r"num_attention_heads is 0"),
+        ({"num_attention_heads": "3"}, r"num_attention_heads is '3'"),
+        ({"num_attention_heads": {"a": "b" * 10**6}}, r"num_attention_heads is \{'a': 'b{70,80}, which"),
+        ({"layer_norm_eps": 1e-5}, r"layer_norm_eps is 1e-05, expected 1e-06"),
+        ({"hidden_act": "gelu_new"}, r"hidden_act is 'gelu_new', expected 'gelu'"),
+        ({"model_type": "dinov2"}, r"model_type is 'dinov2', expected 'pixio'"),
+    ],
+)
+def test_a_configuration_that_contradicts_the_tensors_is_refused(folder, change, message):
+    edit(folder / "config.json", **change)
+    with pytest.raises(ValueError, match=message):
+        pixio.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "{", "[" * 10**6, '{"a": 1' + "0" * 10**5 + "}", "\xff"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_a_broken_json_file_is_named(folder, name, text):
+    shard(folder)
+    (folder / name).write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=rf"{name} (cannot be read as JSON|holds a list)"):
+        pixio.from_pretrained(folder)
+
+
+def test_a_huge_json_file_is_not_read(folder, monkeypatch):
+    monkeypatch.setattr(pixio.weights, "_MAX_JSON", 100)
+    with pytest.raises(ValueError, match=r"config.json cannot be read as JSON: [\d,]+ bytes, at most 100"):
+        pixio.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../outside.safetensors", "/etc/outside.safetensors", "..", "", "sub/../a.safetensors", "evil.pth", 3],
+)
+def test_an_index_leads_nowhere_but_to_shards_beside_it(folder, name):
+    weight_map = shard(folder)
+    shutil.copy(folder / "a.safetensors", folder.parent / "outside.safetensors")
+    shutil.copy(folder.parent / "encoder.pth", folder / "evil.pth")
+    weight_map = {key: name if file == "a.safetensors" else file for key, file in weight_map.items()}
+    edit(folder / "model.safetensors.index.json", weight_map=weight_map)
+    with pytest.raises(ValueError, match=r"is not the plain name of|has no weight_map"):
+        pixio.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("target", ["../outside", "../folder_blobs/outside"])
+def test_a_link_out_of_the_folder_is_refused(folder, name, target):
+    (folder.parent / "folder_blobs").mkdir()
+    (folder / name).rename(folder / target)
+    (folder / name).symlink_to(target)
+    with pytest.raises(ValueError, match=rf"{name} leads out of its folder, to .*outside"):
+        pixio.from_pretrained(folder)
+
+
+def test_a_link_out_of_a_cached_repository_is_refused(folder, hub_cache):
+    snapshot = hub_cache("someone/pixio-tiny", *folder.iterdir())
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to(folder / "model.safetensors")
+    with pytest.raises(ValueError, match="leads out of its folder"):
+        pixio.from_pretrained("someone/pixio-tiny")
+
+
+def test_shards_that_disagree_with_their_index_are_refused(folder):
+    weight_map = shard(folder)
+    first = next(iter(weight_map))
+    other = {"a.safetensors": "b.safetensors", "b.safetensors": "a.safetensors"}[weight_map[first]]
+    edit(folder / "model.safetensors.index.json", weight_map=weight_map | {first: other})
+    with pytest.raises(ValueError, match=r"disagree on .*download both again"):
+        pixio.from_pretrained(folder)
+    (folder / "a.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no weight file at .*a.safetensors"):
+        pixio.from_pretrained(folder)
+
+
+def safetensors_header(path, change):
+    """Rewrite the header of a safetensors file; the tensors behind it stay."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def overlap(header):
+    header["norm.weight"]["data_offsets"] = header["norm.bias"]["data_offsets"]
+
+
+def beyond(header):
+    header["norm.weight"]["data_offsets"] = [10**12, 10**12 + 192]
+
+
+def inflate(header):
+    header["pos_embed"]["shape"] = [1, 10**9, 10**9]
+
+
+def invent(header):
+    header["norm.weight"]["dtype"] = "F4096"
+
+
+@pytest.mark.parametrize("change", [overlap, beyond, inflate, invent])
+def test_a_safetensors_file_with_a_lying_header_is_refused(mae, tmp_path, change):
+    path = tmp_path / "lying.safetensors"
+    save_file(mae.encoder.state_dict(), path)
+    safetensors_header(path, change)
+    with pytest.raises(ValueError, match=r"is not a readable weight file"):
+        small_encoder(path)
+
+
+def test_a_safetensors_file_with_an_absurd_header_length_is_refused(tmp_path):
+    (tmp_path / "absurd.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ValueError, match=r"is not a readable weight file"):
+        small_encoder(tmp_path / "absurd.safetensors")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        lambda x: x.to(torch.complex64),
+        lambda x: x.bool(),
+        lambda x: x.to_sparse(),
+        lambda x: x.to("meta"),
+    ],
+    ids=["complex", "bool", "sparse", "meta"],
+)
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+def test_tensors_that_are_not_plain_numbers_are_refused(mae, tmp_path, odd):
+    state = mae.encoder.state_dict()
+    state["norm.weight"] = odd(state["norm.weight"])
+    torch.save(state, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match=r"not plain floating point: norm.weight"):
+        small_encoder(tmp_path / "odd.pth")
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        ("cls_token", (1, 20, 48)),
+        ("cls_token", ()),
+        ("pos_embed", (1, 19, 0)),
+        ("patch_embed.proj.weight", (0, 3, 16, 16)),
+        ("patch_embed.proj.weight", (48, 3, 0, 0)),
+        ("blocks.0.mlp.fc1.weight", ()),
+    ],
+)
+def test_absurd_shapes_are_refused_before_anything_is_built(mae, tmp_path, key, shape):
+    torch.save(dict(mae.encoder.state_dict()) | {key: torch.zeros(shape)}, tmp_path / "absurd.pth")
+    with pytest.raises(ValueError, match=r"absurd.pth (is not a Pixio encoder|does not fit this model)"):
+        pixio.from_pretrained(tmp_path / "absurd.pth", num_heads=3)
+
+
+def test_a_folder_with_a_pickle_of_code_executes_nothing(mae, tmp_path):
+    (tmp_path / "folder").mkdir()
+    target = str(tmp_path / "executed")
+    torch.save({"model": mae.state_dict(), "args": Payload(target)}, tmp_path / "folder" / "evil.pth")
+    with pytest.raises(ValueError, match=r"the pickle names posix.mkdir"):
+        pixio.from_pretrained(tmp_path / "folder")
+    assert not os.path.exists(target)
+
+
+@pytest.mark.parametrize("config", [[1], {"model": ["x"]}, "text", 3])
+def test_an_odd_training_configuration_is_ignored(mae, tmp_path, config):
+    torch.save({"model": mae.state_dict(), "config": config}, tmp_path / "checkpoint.pt")
+    assert_same_weights(small_encoder(tmp_path / "checkpoint.pt"), mae.encoder)

@@ -16,7 +16,7 @@ import numpy as np
 
 Array = np.ndarray
 
-VERSION = 1  # raised whenever a seed comes to look different
+VERSION = 2  # raised whenever a seed comes to look different
 CLASS_NAMES = ("ceiling", "wall", "floor", "box", "sphere", "cylinder", "cone")
 KINDS = CLASS_NAMES[3:]
 SUPPORTS = ("standing", "floating")
@@ -306,10 +306,12 @@ def _aim(rng: np.random.Generator, room: Array, primitives: tuple[Primitive, ...
     """Draws a camera that looks somewhere near the primitives; None where it would touch one."""
     margin = _CAMERA_CLEARANCE + 0.05
     position = rng.uniform(margin, room - margin)
+    position[2] = room[2] * rng.uniform(0.35, 0.7)  # held by somebody standing or sitting
     if any(math.dist(position, p.centre) < p.reach + _CAMERA_CLEARANCE for p in primitives):
         return None
     target = np.mean([p.centre for p in primitives], 0) + rng.normal(0, (0.4, 0.4, 0.3))
     forward = target - position
+    forward[2] *= 0.6  # nearer the horizontal than the straight look at them
     forward /= np.linalg.norm(forward)
     right = np.cross(forward, (0.0, 0.0, 1.0))
     right /= np.linalg.norm(right)
@@ -434,7 +436,7 @@ def _dress(rng: np.random.Generator, world: World) -> _Look:
         warmth = rng.uniform(-0.15, 0.15)
         lights.append(_Light(positions, rng.uniform(0.6, 1.4) * np.array([1 + warmth, 1, 1 - warmth])))
 
-    direction = rng.normal(size=3)
+    direction = rng.normal(size=3) + (0.0, 0.0, 1.0)  # more often from above than from below
     return _Look(
         textures=tuple(textures),
         noise=rng.random((64, 64), np.float32),
@@ -455,6 +457,9 @@ def _draw_texture(rng: np.random.Generator, saturation: float) -> _Texture:
         colours.append(np.array(colour) ** 2.2)
     if rng.random() < 0.4:  # two tones of one colour
         colours[1] = colours[0] * rng.uniform(0.35, 0.8)
+    colours[1] = colours[0] + rng.uniform(0.1, 0.6) * (
+        colours[1] - colours[0]
+    )  # quieter than light and shadow
     turn = rng.choice([0.0, math.pi / 2, rng.uniform(0, math.pi)])
     return _Texture(
         pattern=str(rng.choice(list(_PATTERNS))),
@@ -463,7 +468,7 @@ def _draw_texture(rng: np.random.Generator, saturation: float) -> _Texture:
         turn=(math.cos(turn), math.sin(turn)),
         shift=tuple(rng.uniform(0, 64, 2).tolist()),
         duty=float(rng.uniform(0.25, 0.75)),
-        grain=float(rng.uniform(0.0, 0.5)) if rng.random() < 0.5 else 0.0,
+        grain=float(rng.uniform(0.0, 0.3)) if rng.random() < 0.5 else 0.0,
         gloss=float(rng.uniform(0.1, 0.5)) if rng.random() < 0.4 else 0.0,
     )
 

@@ -16,18 +16,24 @@ import json
 import logging
 import os
 import re
+import signal
+import threading
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from pixio.data import jpeg
 from pixio.data.shards import (
     Entry,
     Group,
@@ -36,13 +42,14 @@ from pixio.data.shards import (
     Position,
     Shard,
     Source,
+    TarShard,
     Unit,
     find_shards,
     generator,
     is_url,
     uniform,
 )
-from pixio.data.transforms import DamagedDataError, decode, random_resized_crop
+from pixio.data.transforms import DamagedDataError, crop_box, decode_crop, random_resized_crop
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +57,7 @@ MIN_READ = 200  # images before the share of errors means anything
 MAX_CONSECUTIVE = 50  # failures in a row: the storage is gone, not an image
 MAX_FRUITLESS = 256  # units without one sample before a set counts as empty
 LOG_SECONDS = 60.0
-KEPT_MESSAGES = 16  # error messages a batch carries at most
+MAX_ERRORS = 10_000  # different messages that a loader remembers
 
 
 class DataError(RuntimeError):
@@ -60,13 +67,26 @@ class DataError(RuntimeError):
 # ------------------------------------------------------------------------------------------------ curation
 
 
+def statistics_path(json_path: str, shard: TarShard) -> str | None:
+    """Where the statistics of a tar lie; None for a URL without a parent folder and a name."""
+    if is_url(shard.location):
+        found = re.search(r"([^/\s]+)/([^/\s]+)\.tar\b", shard.location)
+        if not found:
+            return None
+        folder, stem = found.groups()
+    else:
+        path = PurePath(shard.location)
+        folder, stem = path.parent.name, path.stem
+    return os.path.join(json_path, folder, f"{stem}.json")
+
+
 @dataclass(frozen=True)
 class Curation:
     """Which images of a web-scale set are worth training on, by statistics computed beforehand.
 
     The statistics of a tar lie at `json_path/<parent folder>/<tar stem>.json` (or `<tar name>.json`): an
     object keyed by member name with `histogram_score`, `mae_loss`, `width` and `height`. A tar without its
-    file, or a member not in it, is skipped.
+    file, or a member that is not in it or has an `error` there, is skipped.
 
     Args:
         json_path: folder of the statistics.
@@ -84,7 +104,7 @@ class Curation:
         if not os.path.isdir(self.json_path):
             raise FileNotFoundError(f"json_path {self.json_path!r} is not a folder of curation statistics")
 
-    def load(self, shard: Shard) -> dict[str, Any] | None:
+    def load(self, shard: TarShard) -> dict[str, Any] | None:
         """Read the statistics of a tar.
 
         Returns:
@@ -94,16 +114,10 @@ class Curation:
             DamagedDataError: the file is not a JSON object.
             OSError: the file cannot be read.
         """
-        if is_url(shard.location):
-            found = re.search(r"([^/\s]+)/([^/\s]+)\.tar\b", shard.location)
-            if not found:
-                return None
-            folder, stem = found.groups()
-        else:
-            path = PurePath(shard.location)
-            folder, stem = path.parent.name, path.stem
-        names = (os.path.join(self.json_path, folder, f"{stem}{suffix}") for suffix in (".json", ".tar.json"))
-        file = next(filter(os.path.isfile, names), None)
+        path = statistics_path(self.json_path, shard)
+        if path is None:
+            return None
+        file = next(filter(os.path.isfile, (path, path.removesuffix(".json") + ".tar.json")), None)
         if file is None:
             return None
         try:
@@ -122,6 +136,8 @@ class Curation:
         needed += ["mae_loss"] * self.soft_sampling
         if not isinstance(record, dict) or not all(isinstance(record.get(k), int | float) for k in needed):
             return "no_statistics"
+        if "error" in record:
+            return "damaged"
         if self.hist_thresh is not None and not record["histogram_score"] > self.hist_thresh:
             return "histogram"
         if self.imgres_thresh is not None and min(record["width"], record["height"]) < self.imgres_thresh:
@@ -134,15 +150,39 @@ class Curation:
 # ------------------------------------------------------------------------------------------------- reading
 
 
+class _Place:
+    """What a worker process is reading, in memory that outlives the process."""
+
+    def __init__(self) -> None:
+        self._pid = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._text = torch.zeros(1024, dtype=torch.uint8).share_memory_()
+
+    @property
+    def pid(self) -> int:
+        return self._pid.item()
+
+    def __str__(self) -> str:
+        return self._text.numpy().tobytes().split(b"\0")[0].decode(errors="replace")
+
+    def enter(self) -> None:
+        """Note that this process is the one that reads."""
+        self._pid[0] = os.getpid()
+
+    def set(self, text: str) -> None:
+        data = text.encode(errors="replace")[: len(self._text) - 1] + b"\0"
+        self._text.numpy()[: len(data)] = np.frombuffer(data, np.uint8)
+
+
 class _Tally:
     """What one consumer met since it started: counts, error messages, and the limits that stop the run.
 
-    Counts: `seen` images = `kept` + `bad_image` + those dropped by `no_statistics`, `histogram`, `resolution`
-    or `sampled_out`; beside them whole shards, as `bad_shard` and `shard_without_statistics`.
+    Counts: `seen` images = `kept` + `bad_image` + those dropped by `no_statistics`, `damaged`, `histogram`,
+    `resolution` or `sampled_out`; beside them whole shards, as `bad_shard` and `shard_without_statistics`.
     """
 
-    def __init__(self, error_budget: float) -> None:
+    def __init__(self, error_budget: float, place: _Place) -> None:
         self.error_budget = error_budget
+        self.place = place
         self.counts: Counter[str] = Counter()
         self.messages: list[str] = []
         self._reported: Counter[str] = Counter()
@@ -169,8 +209,7 @@ class _Tally:
         self.counts[kind] += 1
         self._consecutive += 1
         self._last.append(message)
-        if len(self.messages) < KEPT_MESSAGES:
-            self.messages.append(message)
+        self.messages.append(message)
         if time.monotonic() - self._logged >= LOG_SECONDS:
             more = f" (and {self._unlogged} more since the last line)" if self._unlogged else ""
             logger.warning("skipped %s%s", message, more)
@@ -229,6 +268,7 @@ class Stream:
         curation: which images to train on; None for all.
         shuffle_shards: shards whose images are shuffled together.
         error_budget: share of failures among the images read that stops the run.
+        decode: `fast`, or `exact` for the reference; see `decode_crop`.
     """
 
     shards: Sequence[Shard] = field(repr=False)
@@ -239,6 +279,7 @@ class Stream:
     curation: Curation | None = None
     shuffle_shards: int = 8
     error_budget: float = 0.2
+    decode: Literal["fast", "exact"] = "fast"
 
     def __post_init__(self) -> None:
         if not self.shards:
@@ -260,8 +301,8 @@ class Stream:
             "shard_names": digest,
         }
 
-    def batches(self, plan: Plan, consumer: int, start: Position) -> Iterator[dict[str, Any]]:
-        """Read as one consumer of a plan, from a position on, without end.
+    def batches(self, plan: Plan, consumer: int, start: Position, place: _Place) -> Iterator[dict[str, Any]]:
+        """Read as one consumer of a plan, from a position on, without end; `place` follows what is read.
 
         Yields:
             `images` uint8 [B, 3, S, S], `position` after them, `counts` and `errors` since the last batch.
@@ -269,7 +310,7 @@ class Stream:
         Raises:
             DataError: too many failures, or nothing to read.
         """
-        tally = _Tally(self.error_budget)
+        tally = _Tally(self.error_budget, place)
         images, filled = None, 0
         for image, position in self._visits(plan, consumer, start, tally):
             if images is None:
@@ -311,6 +352,7 @@ class Stream:
         opened = {}
         for index in group.shards():
             shard, records = self.shards[index], None
+            tally.place.set(shard.name)
             try:
                 if self.curation:
                     records = self.curation.load(shard)
@@ -338,12 +380,18 @@ class Stream:
         if self.curation and (reason := self.curation.rejects(records.get(entry.key), *visit)):
             tally.counts[reason] += 1
             return None
+        where = f"{name}: {entry.key!r}"
+        tally.place.set(where)
+        rng = generator("crop", *visit)
         try:
             data = source.read(entry)
-            image = decode(data) if isinstance(data, bytes) else Image.fromarray(data)
-            crop = random_resized_crop(image, generator("crop", *visit), self.size, self.crop_scale)
+            if isinstance(data, bytes):
+                box = partial(crop_box, rng, scale=self.crop_scale)
+                crop = decode_crop(data, self.size, box, exact=self.decode == "exact")
+            else:
+                crop = random_resized_crop(Image.fromarray(data), rng, self.size, self.crop_scale)
         except (DamagedDataError, OSError) as error:
-            tally.fail("bad_image", f"{name}: {entry.key!r}", error)
+            tally.fail("bad_image", where, error)
             return None
         tally.keep()
         return crop
@@ -363,13 +411,14 @@ def open_stream(
     soft_sampling: bool = False,
     shuffle_shards: int = 8,
     error_budget: float = 0.2,
+    decode: Literal["fast", "exact"] = "fast",
 ) -> Stream:
     """Describe a stream of training images; `Loader` reads it.
 
     Args:
         dataset_type, data_path: what to read, and where; see `find_shards`.
         json_path, hist_thresh, imgres_thresh, soft_sampling: curation of a `webdataset`; see `Curation`.
-        size, batch_size, seed, crop_scale, shuffle_shards, error_budget: see `Stream`.
+        size, batch_size, seed, crop_scale, shuffle_shards, error_budget, decode: see `Stream`.
 
     Raises:
         ValueError: unknown type, or settings that contradict each other.
@@ -381,8 +430,13 @@ def open_stream(
     if json_path and dataset_type != "webdataset":
         raise ValueError(f"json_path curates dataset_type webdataset only, found {dataset_type}")
     curation = Curation(json_path, hist_thresh, imgres_thresh, soft_sampling) if json_path else None
+    if decode == "fast" and jpeg.simplejpeg is None:
+        warnings.warn(
+            "simplejpeg is not installed, Pillow decodes JPEGs more slowly: pip install simplejpeg",
+            stacklevel=2,
+        )
     shards = find_shards(dataset_type, data_path, size)
-    return Stream(shards, size, batch_size, seed, crop_scale, curation, shuffle_shards, error_budget)
+    return Stream(shards, size, batch_size, seed, crop_scale, curation, shuffle_shards, error_budget, decode)
 
 
 # ------------------------------------------------------------------------------------------------- loading
@@ -394,13 +448,14 @@ class _Feed(IterableDataset):
 
     stream: Stream
     plan: Plan
-    consumers: list[tuple[int, Position]]  # number in the plan, start
+    consumers: list[tuple[int, Position, _Place]]  # number in the plan, start, what it reads
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
-        consumer, start = self.consumers[info.id if info else 0]
+        consumer, start, place = self.consumers[info.id if info else 0]
+        place.enter()
         try:
-            for batch in self.stream.batches(self.plan, consumer, start):
+            for batch in self.stream.batches(self.plan, consumer, start, place):
                 yield {**batch, "consumer": consumer}
         except DataError as error:
             # raised by the loader, without the traceback of a process the reader does not know
@@ -423,10 +478,11 @@ class Loader:
 
     Attributes:
         counts: images seen, kept and dropped, by reason, since this loader was made.
-        errors: the last messages about images or shards that could not be read.
+        errors: one message for each image or shard that could not be read, up to MAX_ERRORS.
 
     Raises:
         ValueError: the state is incomplete, or belongs to another data set or seed.
+        DataError: while iterating: the data cannot be read, or a worker process died.
     """
 
     def __init__(
@@ -446,7 +502,7 @@ class Loader:
         self.rank, self.world_size = rank, world_size
         self.num_workers, self.pin_memory, self.prefetch = num_workers, pin_memory, prefetch
         self.counts: Counter[str] = Counter()
-        self.errors: deque[str] = deque(maxlen=256)
+        self._errors: dict[str, None] = {}  # in the order in which they were met
 
         self._readers = max(num_workers, 1)
         self._turn = 0  # reader that gives the next batch
@@ -460,26 +516,44 @@ class Loader:
         # DataLoader always begins with its worker 0, so that one plays the reader whose turn it is
         readers = [(self._turn + worker) % self._readers for worker in range(self._readers)]
         first = self.rank * self._readers
-        feed = _Feed(
-            self.stream, self._plan, [(first + reader, self._positions[reader]) for reader in readers]
-        )
-        batches = DataLoader(
-            feed,
+        places = [_Place() for _ in readers]
+        consumers = [
+            (first + reader, self._positions[reader], place)
+            for reader, place in zip(readers, places, strict=True)
+        ]
+        loader = DataLoader(
+            _Feed(self.stream, self._plan, consumers),
             batch_size=None,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             prefetch_factor=self.prefetch if self.num_workers else None,
             generator=torch.Generator(),  # else it would draw from, and so shift, the global one
         )
-        for batch in batches:
+        with _deaths_met_by_the_reader():
+            batches = iter(loader)
+        while True:
+            try:
+                batch = next(batches)
+            except RuntimeError as error:
+                dead = " and ".join(_find_dead(error, places))
+                if not dead:
+                    raise
+                raise DataError(
+                    f"a worker process died while it read {dead}: out of memory, or a fault in a decoder"
+                ) from error
             if "failure" in batch:
                 raise DataError(batch["failure"])
             reader = batch["consumer"] - first
             self._positions[reader] = tuple(batch["position"])
             self._turn = (reader + 1) % self._readers
             self.counts.update(batch["counts"])
-            self.errors.extend(batch["errors"])
+            if len(self._errors) < MAX_ERRORS:
+                self._errors.update(dict.fromkeys(batch["errors"]))
             yield {"images": batch["images"]}
+
+    @property
+    def errors(self) -> list[str]:
+        return list(self._errors)
 
     def state_dict(self) -> dict[str, Any]:
         """Where this rank stands after the last batch taken, in plain values; rank 0 adds what all share."""
@@ -528,6 +602,29 @@ class Loader:
             len(self.stream.shards), len(positions), self.stream.seed, self.stream.shuffle_shards, past
         )
         return Past(plan, tuple(positions))
+
+
+@contextmanager
+def _deaths_met_by_the_reader() -> Iterator[None]:
+    """Keep torch from raising a worker's death wherever the main thread is just then.
+
+    It is noticed all the same, a few seconds later: when the next batch of that worker does not come.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+
+
+def _find_dead(error: RuntimeError, places: Sequence[_Place]) -> list[str]:
+    """What the worker processes were reading whose death is what `error` is about."""
+    found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
+    pids = [int(pid) for pid in found[1].split(",")] if found else []
+    return [str(place) for place in places if place.pid in pids]
 
 
 def _past_to_plain(past: Past | None) -> dict[str, Any] | None:

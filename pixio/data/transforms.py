@@ -8,18 +8,42 @@ import functools
 import io
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+
+from pixio.data import jpeg
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+Box = tuple[int, int, int, int]  # left, top, width, height, in pixels
+
 MAX_PIXELS = 89_478_485  # Pillow's own warning level: a quarter of a GiB once decoded to RGB
 FORMATS = ("JPEG", "PNG", "WEBP")  # nothing else is worth handing hostile bytes to
+
+# Decoding at a fraction of the resolution aliases otherwise than the bicubic filter does. How much that shows
+# depends on how much larger than the crop the reduced image is, and on the detail in the photograph, of which
+# its bits per pixel tell. Below so many bits -> least ratio that kept the mean difference of each of 290
+# photographs below 2 of 255 levels.
+_REDUCTION_MARGINS = ((1.0, 1.0), (1.5, 1.5), (math.inf, 2.5))
+
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class DamagedDataError(ValueError):
@@ -61,7 +85,8 @@ def decode(data: bytes) -> Image.Image:
     """Decode a JPEG, PNG or WebP of any colour mode.
 
     Greyscale, palette and CMYK become RGB, 16-bit grey keeps its upper byte, transparency is laid over
-    white, animations give their first frame. The size is checked in the header, before any pixel is decoded.
+    white, animations give their first frame, EXIF says which side is up. The size is checked in the header,
+    before any pixel is decoded.
 
     Args:
         data: the encoded image.
@@ -72,19 +97,60 @@ def decode(data: bytes) -> Image.Image:
     Raises:
         DamagedDataError: not an image of these formats, damaged, truncated, or above MAX_PIXELS.
     """
+
+    def upright(image: Image.Image) -> Image.Image:
+        turn = _UPRIGHT.get(_orientation(image.info.get("exif")))
+        image = _to_rgb(image)
+        return image.transpose(turn) if turn is not None else image
+
+    return _open(data, upright)
+
+
+def read_size(data: bytes) -> tuple[int, int]:
+    """Width and height of an encoded image as `decode` returns it, in pixels, from its header alone.
+
+    Raises:
+        DamagedDataError: not an image of these formats, or above MAX_PIXELS.
+    """
+
+    def size(image: Image.Image) -> tuple[int, int]:
+        sideways = _orientation(image.info.get("exif")) > 4
+        return image.size[::-1] if sideways else image.size
+
+    return _open(data, size)
+
+
+def _open(data: bytes, use: Callable[[Image.Image], Any]) -> Any:
+    """What `use` makes of an image whose header has been read and found acceptable."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata; what matters raises
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-            if image.width * image.height > MAX_PIXELS:
-                raise DamagedDataError(f"{image.width} x {image.height} is above {MAX_PIXELS} pixels")
-            return _to_rgb(image)
+            _check_pixels(image.width, image.height)
+            return use(image)
     except DamagedDataError:
         raise
     except UnidentifiedImageError as error:
         raise DamagedDataError(f"not a {' or '.join(FORMATS)} image ({len(data)} bytes)") from error
     except Exception as error:  # Pillow's decoders raise almost anything on damaged bytes
         raise DamagedDataError(f"{type(error).__name__}: {error}") from error
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise DamagedDataError(f"{width} x {height} is above {MAX_PIXELS} pixels")
+
+
+def _orientation(exif: bytes | None) -> int:
+    """How a camera was held, 1 (upright) to 8; 1 also where the metadata cannot be read."""
+    if not exif:
+        return 1
+    try:
+        tags = Image.Exif()
+        tags.load(exif)
+        return int(tags.get(_EXIF_ORIENTATION, 1))
+    except Exception:  # as hostile as the pixels, but worth no image
+        return 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -105,7 +171,7 @@ def crop_box(
     height: int,
     scale: tuple[float, float],
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> tuple[int, int, int, int]:
+) -> Box:
     """Draw the box of a random resized crop, distributed as torchvision's RandomResizedCrop (Inception's).
 
     Ten attempts at an area uniform in `scale` and an aspect ratio log-uniform in `ratio`; after that the
@@ -133,6 +199,46 @@ def crop_box(
     return (width - box_width) // 2, (height - box_height) // 2, box_width, box_height
 
 
+def decode_crop(data: bytes, size: int, choose: Callable[[int, int], Box], exact: bool = False) -> Tensor:
+    """Decode the part of an image inside a box and resize it to a square, bicubic and antialiased.
+
+    JPEGs are decoded as far down and at as large a scale as the crop needs. A box in a JPEG that may be
+    decoded at 1/2, 1/4 or 1/8 is rounded to whole pixels of that scale, in the exact way too: the two differ
+    in arithmetic, by less than 2 of 255 levels in the mean.
+
+    Args:
+        data: the encoded image.
+        size: side S of the result in pixels.
+        choose: gives the box from the width and height of the upright image, as `crop_box` does.
+        exact: decode the whole image at its full scale, and resize it with Pillow: the reference.
+
+    Returns:
+        uint8 [3, S, S], RGB.
+
+    Raises:
+        DamagedDataError: as `decode` does.
+    """
+    frame = jpeg.read_frame(data)
+    if frame is None or _orientation(frame.exif) != 1:
+        image = decode(data)
+        return _resize_box(image, choose(*image.size), size, exact)
+    _check_pixels(frame.width, frame.height)
+    left, top, width, height = choose(frame.width, frame.height)
+    bits = 8 * len(data) / (frame.width * frame.height)
+    margin = next(margin for limit, margin in _REDUCTION_MARGINS if bits < limit)
+    reduction = max(r for r in (1, 2, 4, 8) if r == 1 or min(width, height) >= r * margin * size)
+    # in pixels of the reduced image; its last row and column may lie partly outside the original
+    right = min(round((left + width) / reduction), frame.width // reduction)
+    bottom = min(round((top + height) / reduction), frame.height // reduction)
+    left, top = round(left / reduction), round(top / reduction)
+    if not exact:
+        rows = jpeg.decode_rows(data, frame, bottom * reduction, reduction)
+        if rows is not None:
+            return _resize(rows[top:bottom, left:right], size)
+    box = (left, top, right - left, bottom - top)
+    return _resize_box(decode(data), tuple(side * reduction for side in box), size, exact)
+
+
 def random_resized_crop(
     image: Image.Image, rng: np.random.Generator, size: int, scale: tuple[float, float] = (0.2, 1.0)
 ) -> Tensor:
@@ -147,10 +253,23 @@ def random_resized_crop(
     Returns:
         uint8 [3, S, S].
     """
-    left, top, width, height = crop_box(rng, image.width, image.height, scale)
+    return _resize_box(image, crop_box(rng, image.width, image.height, scale), size, exact=True)
+
+
+def _resize_box(image: Image.Image, box: Box, size: int, exact: bool) -> Tensor:
+    """The inside of a box as a square, uint8 [3, S, S]."""
+    left, top, width, height = box
     # cropped first: `resize(box=...)` would let the filter reach pixels outside the box
     crop = image.crop((left, top, left + width, top + height))
-    return _to_tensor(crop.resize((size, size), Image.Resampling.BICUBIC))
+    if exact:
+        return _to_tensor(crop.resize((size, size), Image.Resampling.BICUBIC))
+    return _resize(np.array(crop), size)
+
+
+def _resize(pixels: np.ndarray, size: int) -> Tensor:
+    """uint8 [H, W, 3] -> [3, S, S] with torch's vectorised kernel, which reads channels-last memory."""
+    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]  # [1, 3, H, W]
+    return F.interpolate(image, (size, size), mode="bicubic", antialias=True, align_corners=False)[0]
 
 
 def resize_centre_crop(image: Image.Image, resize: int, crop: int) -> Tensor:

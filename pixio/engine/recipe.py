@@ -21,6 +21,7 @@ class TrainConfig:
     imgres_thresh: int | None = option(None, "drop images with a side below this, in pixels")
     input_size: int = option(256, "crop size in pixels, also the trained models' native size")
     crop_scale_min: float = option(0.2, "smallest area of a random crop, as a share of the image")
+    decode: Literal["fast", "exact"] = option("fast", "exact reads whole images at full scale, with Pillow")
     num_workers: int = option(6, "loading processes per rank")
     pin_mem: bool = option(True, "pinned memory for faster transfers to a GPU")
     # optimisation
@@ -96,5 +97,5 @@ class TrainConfig:
     def stream_options(self) -> dict[str, Any]:
         """Arguments of `pixio.data.open_stream`."""
         names = ("dataset_type", "data_path", "json_path", "soft_sampling", "hist_thresh", "imgres_thresh")
-        options = {name: getattr(self, name) for name in (*names, "batch_size", "seed")}
+        options = {name: getattr(self, name) for name in (*names, "batch_size", "seed", "decode")}
         return options | {"size": self.input_size, "crop_scale": (self.crop_scale_min, 1.0)}

@@ -10,7 +10,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -18,7 +18,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+
+from pixio.engine import signals
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GIB = 2**30
@@ -47,11 +50,16 @@ class Runtime:
         """True where batches in pinned memory reach the device faster."""
         return self.device.type == "cuda"
 
-    def autocast(self) -> contextlib.AbstractContextManager:
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
         """Compute in `dtype` where that is safe; weights stay float32, and float32 changes nothing."""
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        with contextlib.ExitStack() as stack:
+            if self.dtype != torch.float32:
+                stack.enter_context(torch.autocast(self.device.type, dtype=self.dtype))
+                if self.device.type == "cpu" and torch.is_grad_enabled():
+                    # torch's fused attention is slow backwards on CPUs in half precision
+                    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            yield
 
     def make_scaler(self) -> torch.amp.GradScaler:
         """Gradient scaler: active in fp16, whose range is too small for gradients, transparent otherwise."""
@@ -101,6 +109,10 @@ class Runtime:
         count = torch.tensor(int(flag), device=self.device)
         dist.all_reduce(count)
         return count.item() > 0
+
+    def asked_to_stop(self) -> bool:
+        """Collective: whether a signal has asked any rank to stop; see `pixio.engine.signals`."""
+        return self.any(signals.received())
 
     def gather(self, value: Any) -> list[Any]:
         """Collective: the small picklable `value` of every rank, in rank order, on every rank."""
@@ -228,6 +240,10 @@ def find_ranks(
                 f"--world_size {asked} needs a meeting place, the same for all: --dist_url tcp://127.0.0.1:29500"
             )
         ranks = Ranks(local_rank, local_rank, asked, asked, dist_url or "env://")
+    elif int(environ.get("SUBMITIT_LOCAL_NTASKS", 1)) > 1:
+        rank, size = int(environ["SUBMITIT_LOCAL_GLOBALID"]), int(environ["SUBMITIT_LOCAL_NTASKS"])
+        port = _port(int(environ["SUBMITIT_LOCAL_JOB_ID"]))
+        ranks = Ranks(rank, rank, size, size, dist_url or f"tcp://127.0.0.1:{port}")
     elif int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         ranks = _slurm_ranks(environ, dist_url)
     else:
@@ -252,9 +268,9 @@ def find_ranks(
 
 def _slurm_ranks(environ: Mapping[str, str], dist_url: str | None) -> Ranks:
     """Ranks of one task of an srun step; the first machine of the step is where they meet."""
-    job, step = int(environ["SLURM_JOB_ID"]), int(environ["SLURM_STEP_ID"])
-    # Below the range from which systems hand out ports, apart for neighbouring jobs and for steps of one job.
-    port = environ.get("MASTER_PORT") or 10_000 + (job * 37 + step) % 20_000
+    # Another port for each step and each attempt of a job: an old process may still listen on the last one.
+    parts = (environ.get(f"SLURM_{name}", 0) for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+    port = environ.get("MASTER_PORT") or _port(*map(int, parts))
     nodes = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
     host = environ.get("MASTER_ADDR") or expand_node_list(nodes)[0]
     tasks = re.findall(r"(\d+)(?:\(x\d+\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))  # "2(x3),1"
@@ -266,6 +282,14 @@ def _slurm_ranks(environ: Mapping[str, str], dist_url: str | None) -> Ranks:
         meeting=dist_url or f"tcp://{host}:{port}",
         one_gpu_each="SLURM_GPUS_PER_TASK" in environ,
     )
+
+
+def _port(*numbers: int) -> int:
+    """A port that neighbouring numbers do not share, below the range from which systems hand out ports."""
+    mixed = 0
+    for number in numbers:
+        mixed = mixed * 37 + number
+    return 10_000 + mixed % 20_000
 
 
 def expand_node_list(text: str) -> list[str]:

@@ -16,11 +16,36 @@ def warmup_cosine(step: int, base_lr: float, min_lr: float, warmup_steps: int, t
     Raises:
         ValueError: the warm-up is longer than the run.
     """
-    if not 0 <= warmup_steps <= total_steps:
-        raise ValueError(f"warm-up of {warmup_steps} steps does not fit a run of {total_steps}: shorten it")
-    if step < warmup_steps:
-        return base_lr * step / warmup_steps
+    if (lr := _warmup(step, base_lr, warmup_steps, total_steps)) is not None:
+        return lr
     if step >= total_steps:
         return min_lr
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return min_lr + (base_lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def poly(step: int, base_lr: float, warmup_steps: int, total_steps: int, power: float = 0.9) -> float:
+    """Learning rate of a step (the first is 0): linear from 0 to `base_lr`, then a polynomial down to 0.
+
+    Args:
+        step: optimiser steps taken so far; from `total_steps` on the rate is 0.
+        base_lr: the peak, reached at `warmup_steps`.
+        warmup_steps: 0 starts at the peak.
+        total_steps: steps of the whole run, warm-up included.
+        power: exponent of the share of the descent that is left.
+
+    Raises:
+        ValueError: the warm-up is longer than the run.
+    """
+    if (lr := _warmup(step, base_lr, warmup_steps, total_steps)) is not None:
+        return lr
+    if step >= total_steps:
+        return 0.0
+    return base_lr * ((total_steps - step) / (total_steps - warmup_steps)) ** power
+
+
+def _warmup(step: int, base_lr: float, warmup_steps: int, total_steps: int) -> float | None:
+    """The linear rise from 0; None once it is over."""
+    if not 0 <= warmup_steps <= total_steps:
+        raise ValueError(f"warm-up of {warmup_steps} steps does not fit a run of {total_steps}: shorten it")
+    return base_lr * step / warmup_steps if step < warmup_steps else None

@@ -1,0 +1,279 @@
+"""Distil a frozen teacher into smaller encoders: one teacher forward pass per batch, each student in turn
+(paper, distillation).
+
+    python main_distill.py --teacher_model pixio_vitl16 --teacher_pretrained pixio_vitl16.pth \\
+        --student_models pixio_vits16 pixio_vitti16 --data_path DIR --output_dir runs/s16
+    torchrun --nproc_per_node 8 main_distill.py …
+
+The same command resumes a run that was stopped. `log.jsonl`, `config.json`, `checkpoints/` with all students
+together, and for each student `encoder_NAME.pth`, under the released keys, and `projector_NAME.pth` lie in
+`--output_dir`.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from feature_cache import CachedBatches, open_cache
+from students import Batch, Learner, Lesson, Student
+from teachers import check_teacher, load_teacher, teacher_tokens
+from token_losses import Tokens
+from torch import Tensor
+
+import pixio
+from pixio.data import DataError, Loader, normalise, open_stream
+from pixio.engine.checkpoint import Checkpoints, Interval, read_checkpoint, write_atomic
+from pixio.engine.config import option, parse, save_config
+from pixio.engine.logs import Log
+from pixio.engine.optim import set_lr
+from pixio.engine.recipe import TrainConfig
+from pixio.engine.runtime import Runtime, start_runtime
+from pixio.engine.schedule import warmup_cosine
+from pixio.engine.signals import Stopped, heed_signals
+from pixio.engine.step import NonFiniteLoss, apply_gradients, compute_gradients
+
+
+# ---------------------------------------------------------------------------------------------- configuration
+@dataclass(frozen=True)
+class DistillConfig(TrainConfig):
+    """Distil a frozen teacher into smaller encoders. "Per student": one value for all, or one for each."""
+
+    teacher_model: str = option("pixio_vit5b16", "pixio_…, timm/NAME or hf/FOLDER")
+    teacher_pretrained: str | None = option(None, "weight file of the teacher; hf/FOLDER has its own")
+    resize_teacher: bool = option(False, "interpolate the map of a teacher with another patch size")
+    feature_cache: str | None = option(None, "folder: compute teacher features once, without augmentation")
+    student_models: tuple[str, ...] = option(
+        ("pixio_vit1b16", "pixio_vith16"), "encoders to train, see `pixio info`", aliases=("student_model",)
+    )
+    n_cls_tokens: int | None = option(None, "class tokens of the students; by default the teacher's number")
+    loss_fn_cls: Literal["none", "cosine", "l1", "mse"] = option("cosine", "between class tokens")
+    loss_fn_patch: Literal["cosine", "l1", "mse"] = option("cosine", "between patch tokens")
+    loss_fuse: Literal["sum", "avg"] = option("avg", "terms weigh the same (avg), or tokens do (sum)")
+    mask_ratio: tuple[float, ...] = option((0.0,), "share of masked cells, per student; 0 = whole images")
+    mask_grid: int = option(4, "side of a masked cell in patches")
+    share_masks: bool = option(False, "draw one mask for all students (nested where ratios differ)")
+    drop_path: tuple[float, ...] = option((0.0,), "stochastic depth rate of the last block, per student")
+    lr: tuple[float, ...] | None = option(
+        None, "peak learning rate, per student; by default blr x images per step / 256"
+    )
+    blr: tuple[float, ...] = option((3.125e-5,), "peak learning rate per 256 images of a step, per student")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = self.student_models
+        if not names or len(set(names)) < len(names) or not set(names) <= set(pixio.list_models()):
+            raise ValueError(
+                f"--student_models must name different encoders of {', '.join(pixio.list_models())}; "
+                f"found {' '.join(names) or 'none'}"
+            )
+        for name in ("mask_ratio", "drop_path", "lr", "blr"):
+            values = getattr(self, name)
+            if values is not None and len(values) not in (1, len(self.student_models)):
+                raise ValueError(
+                    f"--{name} takes one value for all or {len(self.student_models)}, one for each student; "
+                    f"found {len(values)}"
+                )
+
+    def of(self, student: int, name: str) -> float:
+        """The value of a per-student option for one of the students."""
+        values = getattr(self, name)
+        return values[student if len(values) > 1 else 0]
+
+    def peak_lr(self, world_size: int, student: int = 0) -> float:
+        """--lr, or --blr scaled linearly with the images of a step, of one of the students."""
+        if self.lr is not None:
+            return self.of(student, "lr")
+        return self.of(student, "blr") * self.images_per_step(world_size) / 256
+
+
+# ---------------------------------------------------------------------------------------------- the run
+def distill(config: DistillConfig, runtime: Runtime) -> None:
+    """Train until the last step; saves on the way, and before it raises `NonFiniteLoss` or `Stopped`."""
+    output = Path(config.output_dir)
+
+    # ---- the newest checkpoint
+    checkpoints = Checkpoints(output / "checkpoints", runtime, keep_newest=2, keep_every=config.keep_every)
+    state = checkpoints.load_latest() or (read_checkpoint(config.resume) if config.resume else None)
+    start, images = config.start_step, 0
+    if state:
+        check_same_run(config, state)
+        start, images = state["step"], state["images"]
+    if start >= config.total_steps:
+        print(f"{output} is finished: {start} of {config.total_steps} steps are done")
+        return
+
+    # ---- teacher
+    teacher = load_teacher(config.teacher_model, config.teacher_pretrained, runtime.device, runtime.dtype)
+    n_cls_tokens = config.n_cls_tokens or teacher.n_cls_tokens or 8
+    compared = n_cls_tokens if config.loss_fn_cls != "none" else 0
+
+    # ---- students, each with its own optimiser, schedule, depth and masks
+    learners = []
+    for i, name in enumerate(config.student_models):
+        runtime.seed(config.seed, 0, name)
+        encoder = pixio.create_model(
+            name, img_size=config.input_size, n_cls_tokens=n_cls_tokens, drop_path=config.of(i, "drop_path")
+        )
+        check_teacher(teacher, config.input_size, encoder.patch_size, compared, config.resize_teacher)
+        lesson = Lesson(
+            encoder.grid,
+            config.of(i, "mask_ratio"),
+            config.mask_grid,
+            {key: getattr(config, key) for key in ("loss_fn_cls", "loss_fn_patch", "loss_fuse")},
+        )
+        peak_lr = config.peak_lr(runtime.world_size, i)
+        student = Student(encoder, teacher.embed_dim)
+        learners.append(Learner(name, student, lesson, peak_lr, runtime, config.weight_decay, config.compile))
+        if state:
+            learners[-1].load_state_dict(state["students"][name])
+    grid = learners[0].lesson.grid
+
+    # ---- data
+    stream = open_stream(**config.stream_options())
+    if config.feature_cache:
+        cache = open_cache(Path(config.feature_cache), stream, teacher, grid, runtime)
+        loader = CachedBatches(cache, stream, runtime.rank, runtime.world_size, seen=images)
+    else:
+        loader = Loader(
+            stream,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            num_workers=config.num_workers,
+            pin_memory=config.pin_mem and runtime.pins_memory,
+            state=state["data"] if state else None,
+        )
+    if config.compile:
+        teacher = torch.compile(teacher)
+    del state  # it maps the checkpoint's file
+
+    # ---- loop
+    def save(step: int) -> None:
+        checkpoints.save(
+            step,
+            {
+                "students": {learner.name: learner.state_dict() for learner in learners},
+                "data": runtime.gather(loader.state_dict()),
+                "images": images,
+                "config": asdict(config),
+            },
+        )
+        if runtime.is_main:
+            for learner in learners:
+                for part, weights in learner.student.parts().items():
+                    write_atomic(output / f"{part}_{learner.name}.pth", partial(torch.save, weights))
+
+    def prepare(batch: dict[str, Tensor]) -> Batch:
+        """What all students share: pixels, the teacher's tokens, and one mask if they are to share it."""
+        pixels = normalise(batch["images"].to(runtime.device, non_blocking=True))
+        if "tokens" in batch:
+            tokens = batch["tokens"].to(runtime.device).float()
+            targets = Tokens(tokens[:, : teacher.n_cls_tokens], tokens[:, teacher.n_cls_tokens :])
+        else:
+            with runtime.autocast():
+                targets = teacher_tokens(teacher, pixels, grid)
+        noise = None
+        if config.share_masks:
+            noise = torch.rand(len(pixels), learners[0].lesson.n_cells, device=pixels.device)
+        return Batch(pixels, targets, noise)
+
+    if runtime.is_main:
+        output.mkdir(parents=True, exist_ok=True)
+        save_config(config, output / "config.json")
+    log = Log(
+        config.log_dir or output,
+        config.total_steps,
+        runtime.is_main,
+        start_step=start,
+        every=config.log_freq,
+        tensorboard=config.tensorboard,
+        wandb=config.wandb,
+        config=asdict(config),
+    )
+    interval = Interval(runtime, config.save_steps, config.save_minutes)
+    batches = iter(loader)
+    for step in range(start, config.total_steps):
+        waiting = time.perf_counter()
+        raw = [next(batches) for _ in range(config.accum_iter)]
+        waiting = time.perf_counter() - waiting
+        runtime.seed(config.seed, step)  # shared masks
+        micro_batches = [prepare(batch) for batch in raw]
+        gradients, rates = {}, {}
+        for learner in learners:
+            name = learner.name
+            runtime.seed(config.seed, step, name)  # its own masks and stochastic depth
+            rates[name] = warmup_cosine(
+                step, learner.peak_lr, config.min_lr, config.warmup_steps, config.total_steps
+            )
+            set_lr(learner.optimizer, rates[name])
+            gradients[name] = compute_gradients(
+                runtime, learner.model, learner.optimizer, learner.scaler, micro_batches, learner.lesson
+            )
+        try:
+            results = apply_gradients(runtime, gradients, config.clip_grad)
+        except NonFiniteLoss:
+            save(step)
+            raise
+        images += config.images_per_step(runtime.world_size)
+        done = step + 1
+        log.step(
+            done,
+            images,
+            waiting,
+            loss=lambda results=results: sum(r.loss.item() for r in results.values()) / len(results),
+            lr=max(rates.values()),
+            students={
+                name: {"loss": result.loss, "lr": rates[name], "grad_norm": result.grad_norm}
+                for name, result in results.items()
+            },
+            memory=runtime.memory,
+            data=dict(loader.counts),
+        )
+        stopping = runtime.asked_to_stop() and done < config.total_steps
+        if (
+            stopping
+            or interval.due(done)
+            or done == config.total_steps
+            or (config.keep_every and done % config.keep_every == 0)
+        ):
+            save(done)
+        if stopping:
+            log.close()
+            raise Stopped
+    log.close()
+
+
+def check_same_run(config: DistillConfig, state: dict) -> None:
+    """Refuse to go on with a run of other students or another teacher."""
+    if "students" not in state:
+        raise ValueError(f"the checkpoint in {config.resume or config.output_dir} is not of a distillation")
+    saved, asked = state["config"], asdict(config)
+    for key in ("student_models", "teacher_model", "input_size", "n_cls_tokens", "feature_cache"):
+        if saved[key] != asked[key]:
+            raise ValueError(
+                f"{config.output_dir} holds a run with {key} {saved[key]}, not {asked[key]}: "
+                "choose another --output_dir"
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, start, train; a mistake or a failure ends the program with one line."""
+    config = parse(DistillConfig, argv, prog="main_distill.py")
+    try:
+        with heed_signals():
+            runtime = start_runtime(
+                config.device, config.dtype, config.world_size, config.local_rank, config.dist_url
+            )
+            try:
+                distill(config, runtime)
+            finally:
+                runtime.close()
+    except (ValueError, OSError, ImportError, DataError, NonFiniteLoss) as error:
+        raise SystemExit(f"main_distill.py: error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

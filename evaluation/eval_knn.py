@@ -1,0 +1,219 @@
+"""k-NN classification with a frozen encoder, under DINO's protocol (README, evaluation).
+
+    python eval_knn.py --model pixio_vith16 --pretrained_ckp FILE --data_path DIR
+    torchrun --nproc_per_node 8 eval_knn.py …
+
+DIR holds `train/CLASS/*` and `val/CLASS/*`. Every image becomes one vector: the mean class token of the last
+block before the final norm, L2-normalised. The same command resumes a run that was stopped, and features that
+are already there are used again. `results.json`, `features/` and, with `--per_block`, `blocks.png` lie in
+`--output_dir`.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import torch
+from feature_bank import Extractor, Features, list_split
+from knn import QUERIES, Nearest, block_sizes, count_correct
+from torch import Tensor
+from tqdm import tqdm
+
+from pixio.adaptors import depth_of, fingerprint, load_encoder
+from pixio.engine.checkpoint import write_atomic
+from pixio.engine.config import option, parse
+from pixio.engine.runtime import Runtime, start_runtime
+
+PROGRAM = "eval_knn.py"
+
+
+# ---------------------------------------------------------------------------------------------- configuration
+@dataclass(frozen=True)
+class KnnConfig:
+    """Classify validation images by their nearest training images."""
+
+    config: str | None = option(None, "YAML file with any of these; the command line wins")
+    model: str = option("pixio_vith16", "pixio_…, timm/NAME or hf/FOLDER", aliases=("encoder",))
+    pretrained_ckp: str | None = option(
+        None, "weight file of the encoder; none = random, or the folder's own"
+    )
+    pool: Literal["cls", "first", "patch"] = option(
+        "cls", "mean of the class (and register) tokens, the first of them alone, or mean of the patch tokens"
+    )
+    per_block: bool = option(False, "also the figures of every block, with a plot; needs space for all")
+    # data
+    data_path: str = option(
+        "data/imagenet", "folder with train/CLASS/* and val/CLASS/*", aliases=("data_root",)
+    )
+    input_size: int = option(
+        256,
+        "shorter side after resizing, and side of the central crop, lowered to a multiple of the patch size",
+    )
+    num_workers: int = option(10, "loading processes per rank")
+    batch_size_per_gpu: int = option(128, "images at once in each rank; more than 512 change nothing")
+    # search
+    nb_knn: tuple[int, ...] = option(
+        (10, 20, 100, 200), "numbers of neighbours; the first is the reported one"
+    )
+    temperature: float = option(0.07, "a neighbour's vote weighs exp(similarity / temperature)")
+    memory_gb: float = option(4.0, "memory of the search in each rank, GiB")
+    # run
+    output_dir: str | None = option(None, "what the run writes; by default a folder named after it in runs/")
+    device: str = option("auto", "auto, cpu, mps or a GPU")
+    dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", "what autocast computes features in")
+
+    def __post_init__(self) -> None:
+        if not self.nb_knn or min(self.nb_knn) < 1:
+            raise ValueError(f"--nb_knn needs one number or more, each at least 1, found {list(self.nb_knn)}")
+        for name in ("batch_size_per_gpu", "temperature", "memory_gb"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name} must be positive, found {getattr(self, name)}")
+
+
+# ---------------------------------------------------------------------------------------------- the run
+def evaluate(config: KnnConfig, runtime: Runtime) -> dict[str, Any]:
+    """Extract what features are missing, classify, and write the results.
+
+    Returns:
+        What `results.json` holds.
+    """
+    began = time.monotonic()
+    train = list_split(Path(config.data_path) / "train")
+    val = list_split(Path(config.data_path) / "val", train.classes)
+    ks = sorted({min(k, len(train)) for k in config.nb_knn})
+    if runtime.is_main and max(config.nb_knn) > len(train):
+        print(f"{len(train)} training images: {len(train)} neighbours instead of up to {max(config.nb_knn)}")
+    if runtime.is_main and len(train.classes) <= 5:
+        print(f"{len(train.classes)} classes: top-5 counts every class that has a vote")
+
+    # ---- encoder
+    torch.manual_seed(0)  # all ranks alike, of an encoder without weights
+    encoder = load_encoder(config.model, config.pretrained_ckp)
+    if config.pool != "patch" and encoder.n_cls_tokens == 0:
+        raise ValueError(f"{config.model} has no class tokens: use --pool patch")
+    crop = config.input_size // encoder.patch_size * encoder.patch_size
+    if crop == 0:
+        raise ValueError(
+            f"--input_size {config.input_size} is below the patch size, {encoder.patch_size} pixels"
+        )
+    sha256 = runtime.gather(fingerprint(encoder) if runtime.is_main else None)[0]
+    output = Path(config.output_dir or f"runs/knn_{Path(config.model).name}_{sha256[:8]}")
+
+    # ---- features
+    extractor = Extractor(
+        encoder.to(runtime.device),
+        f"{config.model} {sha256}",
+        runtime,
+        tuple(range(depth_of(encoder))) if config.per_block else (depth_of(encoder) - 1,),
+        config.pool,
+        config.input_size,
+        crop,
+        config.batch_size_per_gpu,
+        config.num_workers,
+    )
+    bank, queries = (extractor.run(split, output / "features") for split in (train, val))
+    extracted = time.monotonic()
+
+    # ---- search
+    rows = []
+    for number, block in enumerate(extractor.block_ids):
+        counts = classify(config, runtime, bank, queries, number, ks)
+        counts = torch.stack(runtime.gather(counts)).sum(0)  # [len(ks), 2]
+        shares = (100 * counts.double() / len(val)).tolist()
+        figures = {str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in zip(ks, shares, strict=True)}
+        rows.append({"block": block, "k": figures})
+
+    # ---- results
+    results = {
+        "task": "knn",
+        "encoder": config.model,
+        "encoder_sha256": sha256,
+        "pretrained_ckp": config.pretrained_ckp,
+        "reported_k": min(config.nb_knn[0], len(train)),
+        "k": rows[-1]["k"],
+        "blocks": rows,
+        "counts": {"train": len(train), "val": len(val), "classes": len(train.classes)},
+        "input": {"resize": config.input_size, "crop": crop},
+        "seconds": {"features": extracted - began, "search": time.monotonic() - extracted},
+        "ranks": runtime.world_size,
+        "device": runtime.device.type,
+        "config": asdict(config),
+    }
+    if runtime.is_main:
+        text = json.dumps(results, indent=2, allow_nan=False) + "\n"
+        write_atomic(output / "results.json", lambda file: file.write(text.encode()))
+        if config.per_block:
+            write_atomic(output / "blocks.png", lambda file: draw_blocks(file, rows, results["reported_k"]))
+        for row in rows:
+            figures = ", ".join(f"k={k} {v['top1']:.2f}/{v['top5']:.2f}" for k, v in row["k"].items())
+            print(f"{output}: block {row['block']}: top-1/top-5 {figures}", flush=True)
+    return results
+
+
+def classify(
+    config: KnnConfig, runtime: Runtime, bank: Features, queries: Features, block: int, ks: list[int]
+) -> Tensor:
+    """Correctly classified among this rank's share of the queries: int64 [len(ks), 2] for top-1 and top-5.
+
+    Queries are dealt by QUERIES at a time, and the bank is read from disk block by block: products have the
+    same shapes, and so the same results, on any number of ranks.
+    """
+    size, at_once = block_sizes(bank.width, ks[-1], config.memory_gb, runtime.device)
+    spans = [(i, min(i + QUERIES, len(queries.split))) for i in range(0, len(queries.split), QUERIES)]
+    spans = spans[runtime.rank :: runtime.world_size]
+    counts = torch.zeros(len(ks), 2, dtype=torch.int64)
+    while spans:
+        held, spans = spans[: at_once // QUERIES], spans[at_once // QUERIES :]
+        vectors = torch.cat([queries.read(block, *span) for span in held])
+        search = Nearest(vectors.to(runtime.device).float(), ks[-1])
+        n_bank = len(bank.split)
+        hidden = None if runtime.is_main else True  # None: where nobody watches
+        for start in tqdm(range(0, n_bank, size), "search", leave=False, disable=hidden):
+            vectors = bank.read(block, start, min(start + size, n_bank))
+            search.add(vectors.to(runtime.device).float(), start)
+        similarities, indices = (found.cpu() for found in search.result())
+        labels = bank.split.labels[indices]  # [Q, K]
+        targets = torch.cat([queries.split.labels[first:last] for first, last in held])
+        for part in zip(*(each.split(QUERIES) for each in (similarities, labels, targets)), strict=True):
+            counts += count_correct(*part, ks, config.temperature, len(bank.split.classes))
+    return counts
+
+
+def draw_blocks(file: BinaryIO, rows: list[dict[str, Any]], reported_k: int) -> None:
+    """Top-1 over the blocks as a PNG: a line for each k, and a mark at the best block of the reported one."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for k in rows[0]["k"]:
+        axes.plot(
+            [row["block"] for row in rows], [row["k"][k]["top1"] for row in rows], ".-", label=f"k = {k}"
+        )
+    best = max(rows, key=lambda row: row["k"][str(reported_k)]["top1"])
+    axes.axvline(best["block"], color="0.7", linewidth=1, zorder=0)
+    title = f"k = {reported_k}: block {best['block']} is best, {best['k'][str(reported_k)]['top1']:.1f} %"
+    axes.set(xlabel="block (0 = first)", ylabel="k-NN top-1, %", title=title)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(file, format="png", dpi=150)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Parse and run; returns what `results.json` holds. A mistake ends the program with one line."""
+    config = parse(KnnConfig, argv, prog=PROGRAM)
+    try:
+        runtime = start_runtime(config.device, config.dtype)
+        try:
+            return evaluate(config, runtime)
+        finally:
+            runtime.close()
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"{PROGRAM}: error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Depth from a frozen encoder: train a linear or DPT head, and measure it (README, evaluation).
+
+    python eval_monodepth.py --config monodepth/configs/nyuv2_dpt.yaml --encoder pixio_vith16 \
+        --pretrained_ckp FILE
+    torchrun --nproc_per_node 8 eval_monodepth.py …
+    python eval_monodepth.py --config … --encoder … --pretrained_ckp … --head runs/…/head.pth --eval_only
+
+The same command resumes a run that was stopped. `results.json`, `head.pth`, `panels.png`, `log.jsonl` and
+`checkpoints/` lie in `--output_dir`. The protocol follows ZoeDepth and DINOv2; loss and windows as in
+Depth Anything V2 (https://github.com/DepthAnything/Depth-Anything-V2).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from dense import DenseConfig, Task
+from dense import main as run_main
+from monodepth.data import open_split
+from monodepth.metrics import HIGHER_IS_BETTER, METRICS, DepthScores, silog_loss
+from panels import draw_depth
+from torch import Tensor
+
+from pixio.engine.config import option, parse
+
+PROGRAM = "eval_monodepth.py"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthConfig(DenseConfig):
+    """Train a depth head on a frozen encoder, and measure it."""
+
+    dataset: Literal["nyuv2", "kitti", "folder"] = option(help="which data set lies in --data_root")
+    min_depth: float = option(0.001, "nearest depth that counts, metres")
+    max_depth: float = option(10.0, "farthest depth that counts, and can be predicted; metres")
+    depth_scale: float | None = option(
+        None, "values of depth PNGs per metre; 1000 for folders (.npy files hold metres)"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.min_depth < self.max_depth:
+            raise ValueError(
+                f"expected 0 < --min_depth < --max_depth, found {self.min_depth} and {self.max_depth}"
+            )
+        if self.depth_scale is not None and self.depth_scale <= 0:
+            raise ValueError(f"--depth_scale must be positive, found {self.depth_scale}")
+
+
+def depth_task(config: DepthConfig) -> Task:
+    """Depth as a task: one output, whose sigmoid is a share of the farthest depth."""
+    limits = {"min_depth": config.min_depth, "max_depth": config.max_depth}
+
+    def metres(logits: Tensor) -> Tensor:
+        return logits.sigmoid() * config.max_depth
+
+    def open_depth(split: str, crop_size: int | None):
+        file = config.train_split_file if split == "train" else config.val_split_file
+        return open_split(config.dataset, config.data_root, split, file, crop_size, config.depth_scale)
+
+    return Task(
+        name="monodepth",
+        outputs=1,
+        identity={"max_depth": config.max_depth},
+        warmup=0.1,
+        metrics={metric: metric in HIGHER_IS_BETTER for metric in METRICS},
+        open_split=open_depth,
+        loss=lambda logits, target: silog_loss(metres(logits).squeeze(1), target, **limits),
+        average=metres,
+        make_scores=partial(DepthScores, **limits),
+        draw=partial(draw_depth, **limits),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Parse and run; returns what `results.json` holds. A mistake ends the program with one line."""
+    config = parse(DepthConfig, argv, prog=PROGRAM)
+    return run_main(PROGRAM, config, depth_task(config))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Segmentation from a frozen encoder: train a linear or DPT head, and measure it (README, evaluation).
+
+    python eval_semseg.py --config semseg/configs/ade20k_linear.yaml --encoder pixio_vith16 \
+        --pretrained_ckp FILE
+    torchrun --nproc_per_node 8 eval_semseg.py …
+    python eval_semseg.py --config … --encoder … --pretrained_ckp … --head runs/…/head.pth --eval_only
+
+The same command resumes a run that was stopped. `results.json`, `head.pth`, `panels.png`, `log.jsonl` and
+`checkpoints/` lie in `--output_dir`. The protocol follows UniMatch V2 (https://github.com/LiheYoung/UniMatch-V2).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from dense import DenseConfig, Task
+from dense import main as run_main
+from panels import draw_classes
+from semseg.data import CLASS_NAMES, open_split
+from semseg.metrics import IGNORE, SegmentationScores, segmentation_loss
+
+from pixio.engine.config import option, parse
+
+PROGRAM = "eval_semseg.py"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationConfig(DenseConfig):
+    """Train a segmentation head on a frozen encoder, and measure it."""
+
+    dataset: Literal["ade20k", "pascal", "loveda", "folder"] = option(
+        help="which data set lies in --data_root"
+    )
+    nclass: int = option(help="number of classes; masks hold 0 to nclass - 1, or 255 = ignored")
+    class_names: tuple[str, ...] = option((), "names of the classes, for folders")
+    reduce_zero_label: bool = option(
+        False, "masks count classes from 1 and 0 is ignored, as in ADE20K's own annotations"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.nclass <= IGNORE:
+            raise ValueError(f"--nclass must lie in 1-{IGNORE}, found {self.nclass}")
+        if len(self.names) != self.nclass:
+            raise ValueError(
+                f"--nclass is {self.nclass}, but {self.dataset} has {len(self.names)} class names"
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the classes; numbers where nobody named them."""
+        numbered = tuple(f"class {c}" for c in range(self.nclass))
+        return self.class_names or CLASS_NAMES.get(self.dataset, numbered)
+
+
+def segmentation_task(config: SegmentationConfig) -> Task:
+    """Segmentation as a task: one output per class."""
+
+    def open_masks(split: str, crop_size: int | None):
+        file = config.train_split_file if split == "train" else config.val_split_file
+        return open_split(
+            config.dataset,
+            config.data_root,
+            split,
+            file,
+            crop_size,
+            config.nclass,
+            config.reduce_zero_label,
+        )
+
+    return Task(
+        name="semseg",
+        outputs=config.nclass,
+        identity={},
+        warmup=0.0,
+        metrics={"miou": True},
+        open_split=open_masks,
+        loss=segmentation_loss,
+        average=lambda logits: logits.softmax(1),
+        make_scores=partial(SegmentationScores, config.nclass),
+        draw=partial(draw_classes, names=config.names),
+        class_names=config.names,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Parse and run; returns what `results.json` holds. A mistake ends the program with one line."""
+    config = parse(SegmentationConfig, argv, prog=PROGRAM)
+    return run_main(PROGRAM, config, segmentation_task(config))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""What is trained on frozen features, for depth and segmentation alike: a linear and a DPT head.
+
+Letters: B images, F channels of a feature map, h x w its locations, O outputs (classes, or 1 for depth),
+H x W pixels. DPT: Ranftl et al., arXiv 2103.13413 (https://github.com/isl-org/DPT), here without BatchNorm.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pixio.engine.runtime import Runtime
+
+KINDS = ("linear", "dpt")
+PYRAMID = (256, 512, 1024, 1024)  # channels of the four maps of a DPT head, fine to coarse
+WIDTH = 256  # channels in which they are fused
+
+
+def head_blocks(kind: str, depth: int) -> list[int]:
+    """Encoder blocks a head reads: the last one, or four evenly spaced (of 32: 7, 15, 23, 31).
+
+    Raises:
+        ValueError: the encoder has fewer than four blocks to choose from.
+    """
+    if kind == "linear":
+        return [depth - 1]
+    if depth < 4:
+        raise ValueError(f"a DPT head reads four blocks, but the encoder has {depth}: choose --head linear")
+    return [depth * k // 4 - 1 for k in (1, 2, 3, 4)]
+
+
+def make_head(kind: str, channels: int, outputs: int, runtime: Runtime) -> nn.Module:
+    """Build a head with fresh weights.
+
+    Args:
+        kind: one of `KINDS`.
+        channels: F of each feature map.
+        outputs: O.
+        runtime: the ranks that share BatchNorm statistics.
+    """
+    return LinearHead(channels, outputs, runtime) if kind == "linear" else DPTHead(channels, outputs)
+
+
+class LinearHead(nn.Module):
+    """BatchNorm and one linear map per location."""
+
+    def __init__(self, channels: int, outputs: int, runtime: Runtime):
+        super().__init__()
+        self.norm = SyncedBatchNorm2d(channels, runtime)
+        self.predict = nn.Conv2d(channels, outputs, 1)
+
+    def forward(self, features: list[Tensor], size: tuple[int, int]) -> Tensor:
+        """One feature map [B, F, h, w] in a list -> logits, float32 [B, O, H, W] with (H, W) = `size`."""
+        (x,) = features
+        return resize(self.predict(self.norm(x)), size)
+
+
+class SyncedBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d with the statistics of all ranks' inputs, on any device (torch's needs a GPU).
+
+    Its input are frozen features: no gradient has to flow through the statistics. Ranks pass equal batches.
+    """
+
+    def __init__(self, channels: int, runtime: Runtime):
+        super().__init__(channels)
+        self.runtime = runtime
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, F, h, w] -> the same shape, float32."""
+        x = x.float()
+        if not self.training:
+            return super().forward(x)
+        assert not x.requires_grad
+        mean = self.runtime.mean(x.mean((0, 2, 3)))  # [F]
+        variance = self.runtime.mean((x - mean[:, None, None]).square().mean((0, 2, 3)))  # [F]
+        count = x.numel() // x.shape[1] * self.runtime.world_size
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance * count / max(count - 1, 1), self.momentum)
+        self.num_batches_tracked += 1
+        return F.batch_norm(x, mean, variance, self.weight, self.bias, eps=self.eps)
+
+
+class DPTHead(nn.Module):
+    """Four feature maps, brought to strides 1/4, 1/2, 1 and 2 of a patch and fused from coarse to fine."""
+
+    def __init__(self, channels: int, outputs: int):
+        super().__init__()
+        self.project = nn.ModuleList(nn.Conv2d(channels, width, 1) for width in PYRAMID)
+        self.rescale = nn.ModuleList(
+            [
+                nn.ConvTranspose2d(PYRAMID[0], PYRAMID[0], 4, stride=4),
+                nn.ConvTranspose2d(PYRAMID[1], PYRAMID[1], 2, stride=2),
+                nn.Identity(),
+                nn.Conv2d(PYRAMID[3], PYRAMID[3], 3, stride=2, padding=1),
+            ]
+        )
+        self.reduce = nn.ModuleList(nn.Conv2d(width, WIDTH, 3, padding=1, bias=False) for width in PYRAMID)
+        self.fuse = nn.ModuleList(Fusion(WIDTH, has_skip=level < 3) for level in range(4))
+        self.output = nn.Sequential(
+            nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.ReLU(), nn.Conv2d(WIDTH, outputs, 1)
+        )
+
+    def forward(self, features: list[Tensor], size: tuple[int, int]) -> Tensor:
+        """Four feature maps [B, F, h, w], early to late -> logits, float32 [B, O, H, W], (H, W) = `size`."""
+        maps = [
+            reduce(rescale(project(x)))
+            for x, project, rescale, reduce in zip(
+                features, self.project, self.rescale, self.reduce, strict=True
+            )
+        ]  # [B, 256, 4h, 4w], [B, 256, 2h, 2w], [B, 256, h, w], [B, 256, ceil(h/2), ceil(w/2)]
+        sizes = [tuple(2 * side for side in maps[0].shape[-2:])] + [x.shape[-2:] for x in maps[:-1]]
+        x = self.fuse[3](maps[3], None, sizes[3])  # [B, 256, h, w]
+        for level in (2, 1, 0):
+            x = self.fuse[level](x, maps[level], sizes[level])  # at last [B, 256, 8h, 8w]
+        return resize(self.output(x), size)
+
+
+class Fusion(nn.Module):
+    """Adds the map of its level to what comes from the coarser ones, and hands both on at a finer size."""
+
+    def __init__(self, width: int, has_skip: bool):
+        super().__init__()
+        if has_skip:
+            self.refine_skip = ResidualConvUnit(width)
+        self.refine = ResidualConvUnit(width)
+        self.mix = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor, skip: Tensor | None, size: tuple[int, int]) -> Tensor:
+        """[B, F, h, w] twice, the skip map absent at the coarsest level -> [B, F, *size]."""
+        if skip is not None:
+            x = x + self.refine_skip(skip)
+        x = self.refine(x)
+        return self.mix(F.interpolate(x, size, mode="bilinear", align_corners=True))
+
+
+class ResidualConvUnit(nn.Module):
+    """x + two 3x3 convolutions of it, each after a ReLU."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+def resize(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear, corners on corners, in float32: [B, O, h, w] -> [B, O, *size]."""
+    return F.interpolate(logits.float(), size, mode="bilinear", align_corners=True)

@@ -1,0 +1,19 @@
+# Sourced by launch_*.sh, which set `here` to this folder: starts a program of this folder under SLURM, on several
+# GPUs of one machine (GPUS=4 bash launch_….sh …), or in one process.
+
+# A path as seen from where the job was submitted; names that are no files stay as they are.
+absolute() {
+    if [ -e "$1" ]; then realpath -- "$1"; else printf '%s\n' "$1"; fi
+}
+
+# launch PROGRAM ARGUMENTS…, in this folder, where data/ and runs/ are.
+launch() {
+    cd "$here"
+    if [ -n "${SLURM_JOB_ID:-}" ]; then
+        export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun does not take it over from sbatch
+        exec srun --kill-on-bad-exit=1 python "$@"
+    elif [ "${GPUS:-1}" -gt 1 ]; then
+        exec torchrun --standalone --nproc_per_node "$GPUS" "$@"
+    fi
+    exec python "$@"
+}

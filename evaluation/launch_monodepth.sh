@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+#SBATCH --nodes=1
+#SBATCH --gres=gpu:8
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=10
+#SBATCH --mem=1200G
+#SBATCH --time=7-00:00:00
+#SBATCH --output=slurm/%j.out
+# Depth with a frozen encoder on one machine; README, evaluation.
+#
+#   sbatch launch_monodepth.sh monodepth/configs/nyuv2_dpt.yaml pixio_vith16 pixio_vith16.pth
+#   sbatch --account mine --qos high launch_monodepth.sh …           options of your cluster
+#   GPUS=8 bash launch_monodepth.sh …                                the same without SLURM; default: one process
+# Further flags are passed on, and the last one wins: … --data_root /data/nyud --num_workers 8
+set -euo pipefail
+if [ $# -lt 3 ]; then
+    echo "usage: launch_monodepth.sh CONFIG ENCODER WEIGHTS [FLAGS…]   (WEIGHTS none = random)" >&2
+    exit 2
+fi
+# SLURM runs a copy of this script: this folder is then where the job was submitted, or right below.
+here="$(realpath "$(dirname "${BASH_SOURCE[0]}")")"
+[ -f "$here/launch_common.sh" ] || here="$SLURM_SUBMIT_DIR"
+[ -f "$here/launch_common.sh" ] || here="$here/evaluation"
+source "$here/launch_common.sh"
+
+launch eval_monodepth.py --config "$(absolute "$1")" --encoder "$2" --pretrained_ckp "$(absolute "$3")" "${@:4}"

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# All ten dense evaluations and k-NN of one encoder: eleven jobs under SLURM, one after another elsewhere.
+#
+#   bash run_all.sh pixio_vith16 pixio_vith16.pth
+#   python collect_results.py                                 one table of all, beside the published numbers
+# DENSE_FLAGS and KNN_FLAGS are added to the commands, SBATCH_FLAGS to sbatch: DENSE_FLAGS="--epochs 1" bash …
+set -euo pipefail
+if [ $# -ne 2 ]; then
+    echo "usage: run_all.sh ENCODER WEIGHTS   (WEIGHTS none = random)" >&2
+    exit 2
+fi
+here="$(realpath "$(dirname "${BASH_SOURCE[0]}")")"
+source "$here/launch_common.sh"
+encoder="$1" weights="$(absolute "$2")"
+cd "$here"
+mkdir -p slurm # where SLURM puts what the jobs print; without it they fail at once
+
+start=(bash)
+if command -v sbatch >/dev/null; then
+    read -ra start <<<"sbatch ${SBATCH_FLAGS:-}"
+fi
+read -ra dense_flags <<<"${DENSE_FLAGS:-}"
+read -ra knn_flags <<<"${KNN_FLAGS:-}"
+failed=()
+for task in monodepth semseg; do
+    for config in "$task"/configs/*.yaml; do
+        "${start[@]}" "launch_$task.sh" "$config" "$encoder" "$weights" ${dense_flags[@]+"${dense_flags[@]}"} ||
+            failed+=("$config")
+    done
+done
+"${start[@]}" launch_knn.sh "$encoder" "$weights" ${knn_flags[@]+"${knn_flags[@]}"} || failed+=("k-NN")
+
+if [ ${#failed[@]} -gt 0 ]; then
+    echo "failed: ${failed[*]}" >&2
+    exit 1
+fi

@@ -1,0 +1,84 @@
+"""Convert LoveDA's masks (0 = no data, 1-7 = classes) to 0-6 and 255 = ignored.
+
+    python semseg/util/process_loveda.py data/loveda
+
+The originals are kept in `masks_png_raw` beside `masks_png`. The converted masks are completed in another
+folder, which then takes the name: run it again after an interruption, or once more, and nothing is converted
+twice.
+"""
+
+import io
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a file from anywhere
+
+from semseg.data import drop_zero, read_mask
+from semseg.metrics import IGNORE
+
+from pixio.engine.checkpoint import write_atomic
+
+NCLASS = 7
+
+
+def convert_folder(masks: Path) -> int:
+    """Convert the masks of one folder.
+
+    Returns:
+        How many were converted; 0 if they were before.
+
+    Raises:
+        ValueError: an unreadable mask, or values that LoveDA's masks do not have; nothing has changed.
+    """
+    originals, aside = masks.with_name("masks_png_raw"), masks.with_name(".masks_png.partial")
+    if masks.exists() and originals.exists():
+        return 0
+    source = masks if masks.exists() else originals  # killed between the two renames below
+    files = sorted(path for path in source.glob("*.png") if not path.name.startswith("."))
+    values = set().union(*(np.unique(read_mask(path)).tolist() for path in files))
+    if source is masks and IGNORE in values and max(values - {IGNORE}, default=0) < NCLASS:
+        return 0
+    if max(values, default=0) > NCLASS:
+        raise ValueError(
+            f"the masks in {source} hold {sorted(values)}, expected 0-{NCLASS} in original ones, or "
+            f"0-{NCLASS - 1} and {IGNORE} in converted ones, not a mixture: unpack them again"
+        )
+
+    if aside.exists():
+        shutil.rmtree(aside)
+    aside.mkdir()
+    for path in files:
+        data = io.BytesIO()
+        Image.fromarray(drop_zero(read_mask(path))).save(data, "PNG")
+        write_atomic(aside / path.name, lambda file, data=data: file.write(data.getvalue()))
+    if source is masks:
+        masks.rename(originals)
+    aside.rename(masks)
+    return len(files)
+
+
+def main(argv: list[str]) -> None:
+    """Convert all four folders of masks of a LoveDA tree."""
+    if len(argv) != 1 or argv[0].startswith("-"):
+        raise SystemExit(f"usage: process_loveda.py DATA_ROOT\n\n{__doc__}")
+    root = Path(argv[0])
+    halves = [half for half in sorted(root.glob("*/*/*")) if half.name in ("Rural", "Urban")]
+    halves = [
+        half for half in halves if any((half / name).is_dir() for name in ("masks_png", "masks_png_raw"))
+    ]
+    if not halves:
+        raise SystemExit(f"process_loveda.py: error: no Train/Train/Rural/masks_png or the like in {root}")
+    for half in halves:
+        try:
+            count = convert_folder(half / "masks_png")
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"process_loveda.py: error: {error}") from error
+        print(f"{half}: {count} masks converted" if count else f"{half}: converted already")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,97 @@
+"""Decode the rows of a JPEG that a crop needs, at the scale that it needs.
+
+Most of a JPEG's decoding time goes into its entropy-coded data, which can only be read from the top. Two
+things spare the rest: a frame header that claims fewer rows ends the work below the crop, and libjpeg's
+scaled inverse DCT computes 1/2, 1/4 or 1/8 of the pixels per side. simplejpeg hands out libjpeg-turbo's
+pixels without a copy; where it is not installed Pillow does the same, more slowly.
+"""
+
+import io
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+try:
+    import simplejpeg
+except ImportError:  # no wheel for this platform
+    simplejpeg = None
+
+_BASELINE, _PROGRESSIVE = (0xC0, 0xC1), (0xC2,)
+_MAX_BLOCK_ROWS = 32  # rows of the tallest minimum coded unit that the format allows
+
+
+class Frame(NamedTuple):
+    """The header of a JPEG that `decode_rows` can read."""
+
+    width: int  # pixels
+    height: int
+    baseline: bool  # one pass from top to bottom, which can stop early
+    at: int  # offset of the frame header
+    exif: bytes | None
+
+
+def read_frame(data: bytes) -> Frame | None:
+    """Find the frame header of an 8-bit grey or colour JPEG; None for anything that is not plainly one."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    at, exif = 2, None
+    while at + 10 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker in _BASELINE + _PROGRESSIVE:
+            height, width = (int.from_bytes(data[at + i : at + i + 2], "big") for i in (5, 7))
+            if data[at + 4] != 8 or data[at + 9] not in (1, 3) or not height or not width:
+                return None
+            return Frame(width, height, marker in _BASELINE, at, exif)
+        if not (0xC4 <= marker <= 0xFE) or 0xD0 <= marker <= 0xDA:  # a frame of another kind, or no segment
+            return None
+        if marker == 0xE1:
+            segment = data[at + 4 : at + 2 + length]
+            exif = segment if segment.startswith(b"Exif\0\0") else exif
+        at += 2 + length
+    return None
+
+
+def decode_rows(data: bytes, frame: Frame, bottom: int, reduction: int) -> np.ndarray | None:
+    """Decode a JPEG from its first row to `bottom`, at 1/`reduction` of its resolution.
+
+    Args:
+        data: the encoded image.
+        frame: of `data`.
+        bottom: rows needed, at full resolution.
+        reduction: 1, 2, 4 or 8.
+
+    Returns:
+        uint8 [H, W, 3], RGB: at least the rows asked for and all columns, each side divided by `reduction`
+        and rounded up. None when libjpeg complains about the data.
+    """
+    rows = -(-bottom // _MAX_BLOCK_ROWS) * _MAX_BLOCK_ROWS
+    if shortened := frame.baseline and rows < frame.height:
+        data = data[: frame.at + 5] + rows.to_bytes(2, "big") + data[frame.at + 7 :]
+    height, width = (-(-side // reduction) for side in (rows if shortened else frame.height, frame.width))
+    if simplejpeg is None:
+        return _decode_with_pillow(data, height, width)
+    pixels = np.empty((height, width, 3), np.uint8)
+    try:
+        found = simplejpeg.decode_jpeg_header(data, height, width)
+        if found[:2] != (height, width):
+            return None
+        # quick chroma would show only where a reduced image is magnified again by what follows
+        simplejpeg.decode_jpeg(
+            data, "RGB", fastupsample=reduction == 1, min_height=height, min_width=width, buffer=pixels
+        )
+    except ValueError as error:
+        # libjpeg names its first complaint only, so that this one says that the rows before are sound
+        if not (shortened and "extraneous bytes before marker" in str(error)):
+            return None
+    return pixels
+
+
+def _decode_with_pillow(data: bytes, height: int, width: int) -> np.ndarray | None:
+    try:
+        image = Image.open(io.BytesIO(data), formats=("JPEG",))
+        image.draft("RGB", (width, height))
+        pixels = np.array(image.convert("RGB"))
+    except Exception:  # Pillow's decoders raise almost anything on damaged bytes
+        return None
+    return pixels if pixels.shape == (height, width, 3) else None

@@ -1,0 +1,352 @@
+"""Clusters: what the launcher asks for, what a signal does, and jobs on a real SLURM that are cut short."""
+
+import fcntl
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from local_slurm import LocalSlurm, available
+
+from pixio.data.scene_trees import write_tree
+from pixio.engine.runtime import find_ranks
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = "pixio_vitpico16_enc128x6h4_dec128x2h4"
+TINY = f"--model {MODEL} --input_size 32 --mask_grid 1 --batch_size 2 --dtype fp32 --lr 1e-3 --device cpu"
+TINY += " --num_workers 1 --warmup_epochs 1 --log_freq 1 --save_freq 0"
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def submit(*flags: str, tree: str = "pretraining", **options) -> subprocess.CompletedProcess:
+    """The launcher, as a user would call it."""
+    (script,) = (ROOT / tree).glob("submitit_*.py")
+    command = [sys.executable, str(script), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **{"env": ENV, **options})
+
+
+def dry_run(*flags: str, **options) -> str:
+    result = submit("--dry_run", *flags, **options)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+# ------------------------------------------------------------------------------------------- the batch script
+
+
+def test_launcher_flags_become_sbatch_options():
+    flags = "--job_name x --nodes 3 --ngpus 4 --timeout 90 --partition p --account a --qos q --comment c"
+    flags += " --cpus_per_task 6 --mem_gb 100 --constraint big --exclude n7 --warning 60"
+    script = dry_run(*flags.split(), "--slurm", "reservation=r s", "exclusive")
+    assert {
+        "--job-name=x",
+        "--nodes=3",
+        "--ntasks-per-node=4",
+        "--gpus-per-node=4",
+        "--time=90",
+        "--partition=p",
+        "--account=a",
+        "--qos=q",
+        "--comment=c",
+        "--cpus-per-task=6",
+        "--mem=102400M",
+        "--constraint=big",
+        "--exclude=n7",
+        "--signal=USR2@60",
+        "--reservation='r s'",
+        "--exclusive",
+        "--requeue",
+    } <= set(re.findall(r"^#SBATCH (.*)$", script, re.M))
+
+
+def test_what_is_not_asked_for_is_left_to_the_cluster():
+    script = dry_run()
+    assert not re.search(r"--(partition|account|qos|mem|constraint)\b", script)
+
+
+def test_the_batch_script_is_valid_bash(tmp_path):
+    script = dry_run("--job_dir", "a folder/%j", "--snapshot")
+    subprocess.run(["bash", "-n"], input=script, check=True, text=True)
+
+
+def test_a_dry_run_needs_no_slurm_and_leaves_nothing(tmp_path):
+    script = dry_run("--snapshot", cwd=tmp_path, env={**ENV, "PATH": "/nowhere"})
+    assert script.startswith("#!/bin/bash")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--partitoin", "x"], "did you mean --partition?"),
+        (["--epochs", "many"], "--epochs must be a whole number"),
+        (["--local", "--nodes", "2"], "add --nodes 1"),
+        (["--timeout", "5"], "--warning 300 (seconds) must lie within the time limit"),
+        (["--nodes", "0"], "--nodes must be at least 1, found 0"),
+    ],
+)
+def test_mistakes_are_found_before_the_job_waits_in_the_queue(flags, message):
+    result = submit(*flags)
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+def test_without_slurm_the_launcher_says_what_else_there_is(tmp_path):
+    result = submit(cwd=tmp_path, env={**ENV, "PATH": "/nowhere"})
+    assert result.returncode == 1
+    assert "no SLURM here (sbatch not found): add --local --nodes 1" in result.stderr
+
+
+# -------------------------------------------------------------------------------------------------- signals
+
+SIGNALLED = """
+import os, signal, sys
+from pixio.engine.signals import heed_signals, received
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+os.kill(os.getpid(), signal.SIGUSR2)      # while the program starts
+with heed_signals():
+    assert received(signal.SIGUSR2) and not received(signal.SIGTERM)
+    child = os.fork()
+    if child == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR2)
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert received(signal.SIGTERM)
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_signals_are_noted_by_the_program_and_not_seen_by_its_workers():
+    ended = subprocess.run([sys.executable, "-c", SIGNALLED], check=False)
+    assert ended.returncode == -signal.SIGTERM  # outside of `heed_signals` they end the process as ever
+
+
+# ----------------------------------------------------------------------------------------- local processes
+
+
+def log_of(folder: Path) -> list[dict]:
+    path = folder / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def losses(folder: Path) -> list[tuple]:
+    return [(row["step"], row["images"], row["loss"], row["lr"], row["grad_norm"]) for row in log_of(folder)]
+
+
+def test_local_processes_meet_and_train_from_a_copy_of_the_code(tmp_path):
+    flags = shlex.split(f"{TINY} --dataset_type scenes --epochs 1 --iters_per_epoch 2")
+    result = submit(
+        *flags, "--local", "--ngpus", 2, "--timeout", 5, "--warning", 60, "--snapshot", "--job_dir", tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert [row["images"] for row in log_of(tmp_path)] == [4, 8]
+    (copy,) = (tmp_path / "code").iterdir()
+    assert {path.name for path in copy.iterdir()} == {"pixio", "pretraining"}
+    assert "runs" not in {path.name for path in (copy / "pretraining").iterdir()}
+
+
+def test_a_failed_local_run_shows_why(tmp_path):
+    flags = shlex.split(f"{TINY} --dataset_type folder --data_path /nowhere --local --ngpus 1")
+    result = submit(*flags, "--job_dir", tmp_path)
+    assert result.returncode == 1
+    assert "/nowhere" in result.stderr
+
+
+def test_ranks_of_local_submitit_processes():
+    environ = {"SUBMITIT_LOCAL_NTASKS": "4", "SUBMITIT_LOCAL_GLOBALID": "3", "SUBMITIT_LOCAL_JOB_ID": "77"}
+    ranks = find_ranks(environ)
+    assert ranks[:4] == (3, 3, 4, 4)
+    assert ranks.meeting.startswith("tcp://127.0.0.1:")
+
+
+def test_every_attempt_of_a_job_meets_somewhere_else():
+    task = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}
+    task |= {"SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "n[1-2]"}
+    assert find_ranks(task).meeting != find_ranks(task | {"SLURM_RESTART_COUNT": "1"}).meeting
+
+
+# ------------------------------------------------------------------------------------------------- real SLURM
+
+STEPS = 40
+# The first attempt is slow, so that there is something to interrupt; how fast a machine is does not matter.
+PACED = """
+import os, sys, time
+sys.path.insert(0, {tree!r})
+import main_pretrain
+step = main_pretrain.accumulate
+def slowly(*arguments):
+    time.sleep(0 if os.environ.get("SLURM_RESTART_COUNT") or os.environ.get("UNPACED") else 0.5)
+    return step(*arguments)
+main_pretrain.accumulate = slowly
+if __name__ == "__main__":
+    main_pretrain.main()
+"""
+SUBMIT_PACED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tree!r})
+from submitit_pretrain import SubmitConfig
+from pixio.engine.config import parse
+from pixio.engine.submit import launch
+launch(parse(SubmitConfig), Path({script!r}))
+"""
+
+
+class Jobs:
+    """Submits jobs below one folder and meddles with them."""
+
+    def __init__(self, cluster: LocalSlurm, folder: Path) -> None:
+        self.cluster, self.folder = cluster, folder
+        self.env = {**cluster.env, **{name: ENV[name] for name in ("OMP_NUM_THREADS",)}}
+        self.env["PATH"] = f"{Path(sys.executable).parent}:{cluster.env['PATH']}"
+        self.numbers: dict[str, str] = {}
+        tree = str(ROOT / "pretraining")
+        (folder / "paced.py").write_text(PACED.format(tree=tree))
+        (folder / "submit.py").write_text(SUBMIT_PACED.format(tree=tree, script=str(folder / "paced.py")))
+
+    def submit(self, name: str, *flags: str, command=None, **env: str) -> None:
+        command = command or [sys.executable, self.folder / "submit.py"]
+        flags = [*shlex.split(TINY), *flags, "--job_dir", self.folder / name, "--cpus_per_task", "1"]
+        result = subprocess.run(
+            [*map(str, command), *map(str, flags)],
+            env={**self.env, **env},
+            cwd=self.folder,
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        self.numbers[name] = re.match(r"job (\d+): log in", result.stdout)[1]
+
+    def wait_for_step(self, name: str, step: int) -> None:
+        self.cluster.wait(lambda: len(log_of(self.folder / name)) >= step, f"step {step} of {name}", 100)
+
+    def kill_rank(self, name: str, rank: int) -> None:
+        """kill -9, as the kernel does when memory runs out."""
+        wanted = {f"SLURM_JOB_ID={self.numbers[name]}", f"SLURM_PROCID={rank}", "SUBMITIT_EXECUTOR=slurm"}
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                environ = (process / "environ").read_bytes().decode(errors="replace").split("\0")
+                command = (process / "cmdline").read_bytes()
+                if wanted <= set(environ) and b"submitit.core._submit" in command:
+                    os.kill(int(process.name), signal.SIGKILL)
+                    return
+            except OSError:  # it has ended, or is not ours
+                continue
+        raise AssertionError(f"no rank {rank} of {name}")
+
+    def finish(self) -> dict[str, dict]:
+        """Wait for all jobs; their final states and how often they were started again."""
+        found = {}
+        for name, number in self.numbers.items():
+            self.cluster.wait(
+                lambda number=number: self.cluster.state(number) in ("COMPLETED", "FAILED", "CANCELLED"),
+                name,
+                120,
+            )
+            shown = self.cluster.call("scontrol", "show", "job", number)
+            found[name] = {
+                "number": number,
+                "state": self.cluster.state(number),
+                "restarts": int(re.search(r"Restarts=(\d+)", shown)[1]),
+            }
+        return found
+
+
+def run_jobs(folder: Path) -> dict[str, dict]:
+    """Everything that is tried on the cluster, side by side."""
+    write_tree("imagenet-tars", folder / "tars", 24, 0, size=32, per_tar=8)
+    write_tree("web-tars", folder / "web", 24, 0, size=32, per_tar=8)
+    data = {"IMAGENET_TARS": str(folder / "tars"), "WEB_TARS": f"{folder}/web/tars"}
+    data["WEB_STATS"] = f"{folder}/web/stats"
+    with LocalSlurm(port=23000 + 10 * (os.getpid() % 100)) as cluster:
+        jobs = Jobs(cluster, folder)
+        paced = ["--dataset_type", "imagenet", "--data_path", folder / "tars", "--drop_path", "0.1"]
+        paced += ["--epochs", "2", "--iters_per_epoch", STEPS // 2, "--save_steps", "3", "--timeout", "60"]
+        spread, together = [*paced, "--nodes", "2", "--ngpus", "1"], [*paced, "--nodes", "1", "--ngpus", "2"]
+        jobs.submit("limited", *spread, "--timeout", "1", "--warning", "5", "--save_steps", "0")
+        jobs.submit("preempted", *together, "--partition", "low", "--save_steps", "0")
+        jobs.submit("requeued", *spread)
+        jobs.submit("killed", *spread)
+        jobs.wait_for_step("preempted", 4)
+        cluster.call("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+        jobs.wait_for_step("requeued", 4)
+        cluster.call("scontrol", "requeue", jobs.numbers["requeued"])
+        jobs.wait_for_step("killed", 4)
+        jobs.kill_rank("killed", 1)
+        jobs.submit("whole", *spread, UNPACED="1")
+        jobs.submit("hopeless", *spread, "--data_path", folder / "nothing")
+        short = ["--epochs", "1", "--iters_per_epoch", "2", "--timeout", "10"]
+        scripts = ROOT / "pretraining" / "scripts"
+        recipe = ["bash", scripts / "pretrain_pixio_vith16_imagenet.sh"]
+        jobs.submit("imagenet", *short, "--nodes", "2", "--ngpus", "2", command=recipe, **data)
+        recipe = ["bash", scripts / "pretrain_pixio_vit5b16_webdata.sh"]
+        web = ["--nodes", "1", "--ngpus", "1", "--hist_thresh", "0.1", "--imgres_thresh", "32"]
+        jobs.submit("webdata", *short, *web, command=recipe, **data)
+        return jobs.finish()
+
+
+@pytest.fixture(scope="session")
+def jobs(tmp_path_factory) -> tuple[Path, dict[str, dict]]:
+    """The folder of all jobs and what became of them; run once, whatever the number of test processes."""
+    if not available():
+        assert not os.environ.get("PIXIO_REQUIRE_SLURM"), "PIXIO_REQUIRE_SLURM is set, but there is no SLURM"
+        pytest.skip("no SLURM here (apt-get install slurm-wlm munge, as root)")
+    shared = tmp_path_factory.getbasetemp()
+    shared = (shared.parent if os.environ.get("PYTEST_XDIST_WORKER") else shared) / "cluster"
+    shared.mkdir(exist_ok=True)
+    with open(shared / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = shared / "results.json"
+        if not results.exists():
+            results.write_text("null")  # an error below is not tried again by every process
+            results.write_text(json.dumps(run_jobs(shared)))
+        found = json.loads(results.read_text())
+    assert found is not None, "the jobs failed in another test process"
+    return shared, found
+
+
+def said(folder: Path, job: dict) -> str:
+    """Everything a job has written."""
+    return "\n".join(path.read_text() for path in sorted(folder.glob(f"{job['number']}_*_log.*")))
+
+
+@pytest.mark.parametrize("name", ["imagenet", "webdata"])
+def test_published_scripts_run_to_the_end(jobs, name):
+    folder, found = jobs
+    assert found[name]["state"] == "COMPLETED", said(folder / name, found[name])
+    ranks = {"imagenet": 4, "webdata": 1}[name]
+    assert [row["images"] for row in log_of(folder / name)] == [2 * ranks, 4 * ranks]
+    assert (folder / name / "encoder.pth").is_file()
+
+
+@pytest.mark.parametrize("name", ["preempted", "limited", "requeued", "killed"])
+def test_an_interrupted_job_continues_and_ends_as_an_undisturbed_one(jobs, name):
+    folder, found = jobs
+    assert found["whole"] | {"number": 0} == {"number": 0, "state": "COMPLETED", "restarts": 0}
+    assert found[name]["state"] == "COMPLETED", said(folder / name, found[name])
+    assert found[name]["restarts"] >= 1
+    assert len(losses(folder / "whole")) == STEPS
+    assert losses(folder / name) == losses(folder / "whole")
+
+
+@pytest.mark.parametrize("name", ["preempted", "limited"])
+def test_a_warned_job_saves_where_it_is(jobs, name):
+    """These two save at no other time but the end."""
+    folder, found = jobs
+    text = said(folder / name, found[name])
+    assert "Caught signal SIGUSR2" in text
+    assert not re.search(r"is finished|Traceback", text), text
+
+
+def test_a_job_that_fails_without_progress_is_not_tried_again(jobs):
+    folder, found = jobs
+    assert (found["hopeless"]["state"], found["hopeless"]["restarts"]) == ("FAILED", 0)
+    assert "nothing" in said(folder / "hopeless", found["hopeless"])

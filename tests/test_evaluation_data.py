@@ -1,0 +1,504 @@
+"""Data of dense evaluation: the published lists, reading, cropping, the order of images, LoveDA's masks."""
+
+import hashlib
+import itertools
+import os
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "evaluation"))
+
+from monodepth import data as depth_data
+from monodepth.data import list_kitti, list_nyuv2, read_depth
+from pairs import (
+    Order,
+    Pair,
+    Pairs,
+    crop_and_flip,
+    list_pairs,
+    read_image,
+    read_split_file,
+    train_batches,
+    whole_items,
+)
+from semseg import data as mask_data
+from semseg.data import drop_zero, list_ade20k, list_loveda, list_pascal, read_mask, scale_crop_flip
+from semseg.util import process_loveda
+
+
+def digest(pairs: list[Pair]) -> str:
+    lines = sorted(f"{image} {target}\n" for image, target in pairs)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def touch(root: Path, paths) -> None:
+    """Empty files: hard links to one, which many file systems make far faster than files."""
+    for folder in {path.rpartition("/")[0] for path in paths}:
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for number, path in enumerate(paths):
+        if number % 30_000 == 0:  # file systems allow 65,000 links, say
+            source = f"{root}/{path}"
+            open(source, "x").close()
+        else:
+            os.link(source, f"{root}/{path}")
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A folder for tens of thousands of files, removed right after the test."""
+    folder = tmp_path / "tree"
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder)
+
+
+def png(path: Path, array: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, "PNG")
+    return path
+
+
+# --- the published lists ------------------------------------------------------------------------------------
+
+
+def test_kitti_lists_the_published_frames(tree):
+    runs = {}
+    for line in Path(depth_data.__file__).with_name("kitti_eigen.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            _, drive, *frames = line.split()
+            last = max(int(frame.split("/")[0].split("-")[-1]) for frame in frames)
+            runs[drive] = last
+    images, depths = [], []
+    for drive, last in runs.items():
+        frames = f"images/{drive[:10]}/{drive}_sync/image_0{{}}/data"
+        truth = f"annotations/{drive}_sync/proj_depth/groundtruth/image_0{{}}"
+        # as published: images from 0, annotations without the first and last five
+        images += [f"{frames.format(2)}/{n:010d}.png" for n in range(last + 6)]
+        depths += [f"{truth.format(2)}/{n:010d}.png" for n in range(5, last + 1)]
+        for folder in (frames, truth):  # the right camera, hidden files, thumbnails
+            images += [f"{folder.format(3)}/{n:010d}.png" for n in (5, 6)]
+            images += [
+                f"{folder.format(2)}/{name}" for name in (".0000000005.png", "Thumbs.db", "5_thumb.png")
+            ]
+    touch(tree, images + depths)
+    train, val = list_kitti(tree, "train"), list_kitti(tree, "val")
+    assert digest(train.pairs) == "cdb1415f746918dda2c099fe69b6ff5a3d4336f3d4550c69f15edcaa5f737b6c"
+    assert digest(val.pairs) == "a168b1d03382977e0149e0f9822b9c860a629b047aba5f0cc3816b01a874e929"
+    assert not train.missing
+    assert not val.missing
+
+
+def test_ade20k_lists_the_published_images(tree):
+    paths = []
+    for folder, split, count in (("training", "train", 20_210), ("validation", "val", 2_000)):
+        for n in range(1, count + 1):
+            name = f"{folder}/ADE_{split}_{n:08d}"
+            paths += [f"images/{name}.jpg", f"annotations/{name}.png"]
+        paths += [
+            f"images/{folder}/.ADE_{split}_00000001.jpg",
+            f"images/{folder}/ADE_{split}_00000001_thumb.jpg",
+        ]
+        paths += [f"annotations/{folder}/Thumbs.db", f"annotations/{folder}/.ADE_{split}_00000001.png"]
+    touch(tree, paths)
+    train, val = list_ade20k(tree, "train"), list_ade20k(tree, "val")
+    assert digest(train.pairs) == "52146240194d375841c1759ae63fa18f5c4ddedf8fc9e24008614ebd760cb19d"
+    assert digest(val.pairs) == "8a733f0c20d8f6cd6450b775a2f9e0d9d328af6d8a3aaf50db55d964d18d584c"
+
+
+def test_loveda_lists_the_published_tiles(tree):
+    paths = []
+    for split, half, first, last in (
+        ("Train", "Rural", 0, 1365),
+        ("Train", "Urban", 1366, 2521),
+        ("Val", "Rural", 2522, 3513),
+        ("Val", "Urban", 3514, 4190),
+    ):
+        top = f"{split}/{split}/{half}"
+        for folder in ("images_png", "masks_png", "masks_png_raw"):
+            paths += [f"{top}/{folder}/{n}.png" for n in range(first, last + 1)]
+            paths += [
+                f"{top}/{folder}/{name}" for name in (f".{first}.png", "Thumbs.db", f"{first}_thumb.png")
+            ]
+    touch(tree, paths)
+    train, val = list_loveda(tree, "train"), list_loveda(tree, "val")
+    assert digest(train.pairs) == "87053e414fd821d8d3f6bd467a9539626a8485b545913330c1668192682ac540"
+    assert digest(val.pairs) == "f9de865e6666be23361243d90458a1e5878757acfb00f542065c1d19f41adf48"
+
+
+def test_nyuv2_pairs_every_image_with_its_depth(tmp_path):
+    for folder in ("sync/kitchen_1", "sync/.hidden", "official_splits/test/attic"):
+        touch(tmp_path, [f"{folder}/{name}" for name in ("rgb_00001.jpg", "sync_depth_00001.png")])
+    touch(
+        tmp_path,
+        ["sync/kitchen_1/rgb_00002.jpg", "sync/kitchen_1/.rgb_00001.jpg", "sync/kitchen_1/Thumbs.db"],
+    )
+    touch(
+        tmp_path, ["sync/kitchen_1/sync_depth_00003.png", "sync/rgb_00009.jpg", "sync/sync_depth_00009.png"]
+    )
+    train, val = list_nyuv2(tmp_path, "train"), list_nyuv2(tmp_path, "val")
+    assert train.pairs == [("sync/kitchen_1/rgb_00001.jpg", "sync/kitchen_1/sync_depth_00001.png")]
+    assert train.missing == ["sync/kitchen_1/sync_depth_00002.png"]
+    test = "official_splits/test/attic"
+    assert val.pairs == [(f"{test}/rgb_00001.jpg", f"{test}/sync_depth_00001.png")]
+
+
+def test_pascal_trains_on_every_mask_that_is_not_for_validation(tmp_path):
+    for name in ("2007_1", "2007_2", "2008_3", "2009_4"):
+        touch(tmp_path, [f"JPEGImages/{name}.jpg", f"SegmentationClass/{name}.png"])
+    touch(
+        tmp_path,
+        ["JPEGImages/2010_unmasked.jpg", "SegmentationClass/.2007_1.png", "SegmentationClass/Thumbs.db"],
+    )
+    (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
+    (tmp_path / "ImageSets/Segmentation/val.txt").write_text("2008_3\n2007_2\n")
+    assert [pair.image for pair in list_pascal(tmp_path, "val").pairs] == [
+        "JPEGImages/2008_3.jpg",
+        "JPEGImages/2007_2.jpg",
+    ]
+    assert list_pascal(tmp_path, "train").pairs == [
+        ("JPEGImages/2007_1.jpg", "SegmentationClass/2007_1.png"),
+        ("JPEGImages/2009_4.jpg", "SegmentationClass/2009_4.png"),
+    ]
+
+
+def test_pascal_without_its_list_says_where_it_is_from(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"val\.txt is missing.*VOCtrainval"):
+        list_pascal(tmp_path, "val")
+
+
+def test_a_folder_of_ones_own_is_paired_by_name_in_subfolders_too(tmp_path):
+    touch(
+        tmp_path, ["train/images/a.jpg", "train/images/in/b.PNG", "train/images/c.webp", "train/images/d.txt"]
+    )
+    touch(
+        tmp_path, ["train/depth/a.png", "train/depth/in/b.npy", "train/images/.e.jpg", "train/depth/.e.png"]
+    )
+    listing = depth_data.RULES["folder"](tmp_path, "train")
+    assert listing.pairs == [
+        ("train/images/a.jpg", "train/depth/a.png"),
+        ("train/images/in/b.PNG", "train/depth/in/b.npy"),
+    ]
+    assert listing.missing == ["train/depth/c.png"]
+
+
+def test_another_count_than_published_names_missing_files(tmp_path):
+    for n in (1, 3):
+        touch(
+            tmp_path,
+            [f"images/validation/ADE_val_{n:08d}.jpg", f"annotations/validation/ADE_val_{n:08d}.png"],
+        )
+    touch(tmp_path, ["images/validation/ADE_val_00000002.jpg"])
+    pairs, complaint = list_pairs(str(tmp_path), "val", None, list_ade20k, 2_000)
+    assert len(pairs) == 2
+    assert "holds 2 val pairs, the published split 2000" in complaint
+    assert "missing annotations/validation/ADE_val_00000002.png" in complaint
+
+
+def test_the_published_count_is_no_complaint(tmp_path):
+    touch(tmp_path, ["images/validation/ADE_val_00000001.jpg", "annotations/validation/ADE_val_00000001.png"])
+    assert list_pairs(str(tmp_path), "val", None, list_ade20k, 1)[1] == ""
+
+
+def test_a_missing_folder_and_an_empty_one_are_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no such folder; set --data_root"):
+        list_pairs(str(tmp_path / "nowhere"), "val", None, list_ade20k, 2_000)
+    with pytest.raises(
+        FileNotFoundError, match=r"holds no val pairs; missing images/validation/ADE_val_00000001"
+    ):
+        list_pairs(str(tmp_path), "val", None, list_ade20k, 2_000)
+
+
+# --- split files --------------------------------------------------------------------------------------------
+
+
+def test_a_split_file_overrides_the_rule_and_its_count(tmp_path):
+    touch(tmp_path, ["a.jpg", "a.png", "in side/b.jpg", "b.png"])
+    file = tmp_path / "split.txt"
+    file.write_text("a.jpg a.png\n\nin side/b.jpg\tb.png\n")
+    pairs, complaint = list_pairs(str(tmp_path), "val", str(file), list_ade20k, 2_000)
+    assert pairs == [("a.jpg", "a.png"), ("in side/b.jpg", "b.png")]
+    assert complaint == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a.jpg a.png 518.8\n", "line 1: expected an image and its target"), ("a.jpg gone.png\n", "gone.png")],
+)
+def test_a_wrong_split_file_is_an_error(tmp_path, text, message):
+    touch(tmp_path, ["a.jpg", "a.png"])
+    file = tmp_path / "split.txt"
+    file.write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        read_split_file(tmp_path, file)
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+def test_depth_pngs_are_in_units_of_their_data_set(tmp_path):
+    file = png(tmp_path / "d.png", np.array([[0, 1000], [512, 65535]], np.uint16))
+    assert read_depth(file, 1000).tolist() == [[0, 1], [np.float32(0.512), np.float32(65.535)]]
+    assert read_depth(file, 256)[1, 0] == 2
+
+
+def test_depth_arrays_are_in_metres_and_unknown_where_not_finite(tmp_path):
+    np.save(tmp_path / "d.npy", np.array([[1.5, np.nan], [np.inf, 0]]))
+    assert read_depth(tmp_path / "d.npy", 1000).tolist() == [[1.5, 0], [0, 0]]
+
+
+def test_nyuv2_keeps_the_inside_of_its_frame_in_image_and_depth(tmp_path):
+    rows, columns = np.mgrid[:480, :640]
+    image = np.stack([rows % 256, columns % 256, rows * 0], axis=2).astype(np.uint8)
+    image_file = png(tmp_path / "rgb.png", image)
+    depth_file = png(tmp_path / "depth.png", (rows * 64 + columns).astype(np.uint16))
+    found, depth = depth_data.read_pair(image_file, depth_file, "nyuv2", 1000)
+    assert depth.shape == (426, 560)
+    assert depth[0, 0] == pytest.approx((45 * 64 + 41) / 1000)
+    assert depth[-1, -1] == pytest.approx((470 * 64 + 600) / 1000)
+    np.testing.assert_array_equal(found, image[45:471, 41:601])
+
+
+def test_palette_masks_give_class_numbers(tmp_path):
+    image = Image.frombytes("P", (2, 2), bytes([0, 3, 255, 1]))
+    image.putpalette([channel for colour in range(256) for channel in (255 - colour, colour, 0)])
+    image.save(tmp_path / "m.png")
+    assert read_mask(tmp_path / "m.png").tolist() == [[0, 3], [255, 1]]
+
+
+def test_masks_that_count_from_one_can_be_read():
+    mask = np.array([[0, 1], [150, 255]], np.uint8)
+    assert drop_zero(mask).tolist() == [[255, 0], [149, 255]]
+
+
+GREY8, GREY16 = np.zeros((4, 5), np.uint8), np.zeros((4, 5), np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "message"),
+    [
+        ("d.png", GREY8, r"d\.png is not usable: its pixel format is L, expected 16-bit"),
+        ("d.png", b"no image", r"d\.png is not usable"),
+        ("d.png", GREY16[:3], r"d\.png has 3 x 5 pixels, but its image .*i\.png 4 x 5"),
+        ("d.npy", b"no array", r"d\.npy is not a readable \.npy file"),
+        ("d.npy", np.zeros((4, 5, 1)), r"d\.npy holds float64 \[4, 5, 1\]"),
+        ("d.npy", np.zeros((4, 5), int), r"d\.npy holds int64"),
+    ],
+)
+def test_bad_depth_is_an_error_that_names_the_file(tmp_path, name, target, message):
+    png(tmp_path / "i.png", np.zeros((4, 5, 3), np.uint8))
+    write(tmp_path / name, target)
+    read = lambda image, depth: depth_data.read_pair(image, depth, "folder", 1000)  # noqa: E731
+    items = Pairs(tmp_path, [Pair("i.png", name)], "", read)
+    with pytest.raises(ValueError, match=message):
+        list(whole_items(items, [0], num_workers=0, pin_memory=False))
+
+
+def write(path: Path, content: np.ndarray | bytes) -> None:
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif path.suffix == ".npy":
+        np.save(path, content)
+    else:
+        png(path, content)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.full((4, 5), 7, np.uint8), r"m\.png holds class 7, expected 0-6 or 255 .*: do this"),
+        (np.zeros((4, 6), np.uint8), r"m\.png has 4 x 6 pixels, but its image"),
+        (np.zeros((4, 5, 3), np.uint8), r"m\.png is not usable: its pixel format is RGB"),
+        (b"\x89PNG", r"m\.png is not usable"),
+    ],
+)
+def test_a_bad_mask_is_an_error_that_names_the_file(tmp_path, mask, message):
+    png(tmp_path / "i.png", np.zeros((4, 5, 3), np.uint8))
+    write(tmp_path / "m.png", mask)
+    read = lambda image, mask: mask_data.read_pair(image, mask, 7, False, "do this")  # noqa: E731
+    items = Pairs(tmp_path, [Pair("i.png", "m.png")], "", read)
+    with pytest.raises(ValueError, match=message):
+        list(whole_items(items, [0], num_workers=0, pin_memory=False))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_unreadable_image_is_an_error_without_a_workers_traceback(tmp_path, num_workers):
+    (tmp_path / "i.png").write_bytes(b"no image")
+    png(tmp_path / "m.png", GREY8)
+    items = Pairs(tmp_path, [Pair("i.png", "m.png")], "", read_zero)
+    with pytest.raises(ValueError, match=r"i\.png is not a readable image") as error:
+        list(train_batches(items, iter([[(0, 0, 0, 1)]]), num_workers, pin_memory=False))
+    assert "Traceback" not in str(error.value)
+
+
+def read_zero(image: Path, target: Path):
+    return read_image(image), np.zeros((4, 5), np.uint8)
+
+
+# --- crops --------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(height=st.integers(1, 20), width=st.integers(1, 20), size=st.integers(1, 16), seed=st.integers(0, 99))
+def test_a_crop_shows_the_same_place_in_image_and_target(height, width, size, seed):
+    places = np.arange(1, height * width + 1).reshape(height, width)
+    image = np.stack([places // 256, places % 256, places * 0 + 9], axis=2).astype(np.uint8)
+    crop, target = crop_and_flip(np.random.default_rng(seed), image, places, size, fill=0)
+    assert crop.shape == (size, size, 3)
+    assert target.shape == (size, size)
+    inside = target > 0
+    np.testing.assert_array_equal(crop[..., 0] * np.int64(256) + crop[..., 1], target)
+    assert (crop[inside, 2] == 9).all()
+    assert (crop[~inside] == 0).all()
+    assert inside.sum() == min(size, height) * min(size, width)
+
+
+def test_crops_are_mirrored_half_of_the_time():
+    ramp = np.tile(np.arange(8), (8, 1))
+    image = np.zeros((8, 8, 3), np.uint8)
+    crops = [crop_and_flip(np.random.default_rng(seed), image, ramp, 8, 0)[1] for seed in range(400)]
+    assert 160 < sum(crop[0, 0] == 7 for crop in crops) < 240
+
+
+def test_segmentation_scales_the_longer_side_by_a_half_to_two_and_pads_unscored(monkeypatch):
+    shapes = []
+    keep = lambda rng, image, mask, size, fill: shapes.append((*mask.shape, fill)) or (image, mask)  # noqa: E731
+    monkeypatch.setattr(mask_data, "crop_and_flip", keep)
+    image, mask = np.zeros((20, 40, 3), np.uint8), np.full((20, 40), 5, np.uint8)
+    for seed in range(300):
+        assert (scale_crop_flip(np.random.default_rng(seed), image, mask, 16)[1] == 5).all()
+    longer = [width for _, width, _ in shapes]
+    assert (min(longer), max(longer)) == (20, 80)
+    assert all(abs(height * 2 - width) <= 1 and fill == 255 for height, width, fill in shapes)
+
+
+# --- order --------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    items=st.integers(1, 30),
+    groups=st.sampled_from([1, 2, 4]),
+    batch=st.integers(1, 3),
+    seed=st.integers(0, 9),
+)
+def test_ranks_together_read_what_one_rank_would(items, groups, batch, seed):
+    order = Order(items, groups * batch, seed)
+    stop = 2 * order.steps_per_epoch
+    alone = list(order.keys(0, stop, 0, 1))
+    for world_size in (n for n in (1, 2, 4) if groups % n == 0):
+        ranks = [list(order.keys(0, stop, rank, world_size)) for rank in range(world_size)]
+        assert [list(itertools.chain(*step)) for step in zip(*ranks, strict=True)] == alone
+
+
+@settings(max_examples=40, deadline=None)
+@given(items=st.integers(1, 30), per_step=st.integers(1, 8), epochs=st.integers(1, 3))
+def test_no_image_comes_twice_before_all_have_come_once(items, per_step, epochs):
+    order = Order(items, per_step, seed=0)
+    steps = list(order.keys(0, epochs * order.steps_per_epoch, 0, 1))
+    for epoch in range(epochs):
+        begin = epoch * order.steps_per_epoch
+        visits = [key[0] for step in steps[begin : begin + order.steps_per_epoch] for key in step]
+        counts = Counter(dict.fromkeys(range(items), 0)) + Counter(visits)
+        assert len(visits) == order.steps_per_epoch * per_step
+        assert max(counts.values()) - min(counts.get(index, 0) for index in range(items)) <= 1
+
+
+def test_a_resumed_order_goes_on_and_no_two_visits_share_a_seed():
+    order = Order(7, 3, seed=4)
+    steps = list(order.keys(0, 8, 0, 1))
+    assert list(order.keys(5, 8, 0, 1)) == steps[5:]
+    seeds = [key[1:] for step in steps for key in step]
+    assert len(set(seeds)) == len(seeds)
+    assert steps[0] != steps[2]  # epochs differ
+
+
+# --- LoveDA's masks -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def loveda(tmp_path):
+    rng = np.random.default_rng(0)
+    masks = {}
+    for n, (split, half) in enumerate(
+        [("Train", "Rural"), ("Train", "Urban"), ("Val", "Rural"), ("Val", "Urban")]
+    ):
+        for k in range(3):
+            masks[f"{split}/{split}/{half}/masks_png/{3 * n + k}.png"] = rng.integers(0, 8, (6, 6), np.uint8)
+    for path, mask in masks.items():
+        png(tmp_path / path, mask)
+    return tmp_path, masks
+
+
+def assert_converted(root: Path, masks: dict[str, np.ndarray]) -> None:
+    for path, mask in masks.items():
+        found = read_mask(root / path).astype(int)
+        np.testing.assert_array_equal(found, np.where(mask == 0, 255, mask.astype(int) - 1))
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_loveda_masks_are_converted_once_and_only_once(loveda, capsys):
+    root, masks = loveda
+    process_loveda.main([str(root)])
+    assert_converted(root, masks)
+    once = files(root)
+    process_loveda.main([str(root)])
+    assert files(root) == once
+    assert "converted already" in capsys.readouterr().out
+
+
+def test_masks_that_another_script_converted_are_left_alone(loveda):
+    root, masks = loveda
+    for path, mask in masks.items():
+        png(root / path, drop_zero(mask))
+    before = files(root)
+    process_loveda.main([str(root)])
+    assert files(root) == before
+
+
+@pytest.mark.parametrize("killed_at", range(14))
+def test_an_interrupted_conversion_can_be_run_again(loveda, monkeypatch, killed_at):
+    root, masks = loveda
+    calls = iter(range(100))
+
+    def dying(function):
+        def call(*arguments):
+            if next(calls) == killed_at:
+                raise KeyboardInterrupt
+            return function(*arguments)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(process_loveda, "write_atomic", dying(process_loveda.write_atomic))
+        patch.setattr(Path, "rename", dying(Path.rename))
+        with pytest.raises(KeyboardInterrupt):
+            process_loveda.main([str(root)])
+    for path, mask in masks.items():  # all of a folder's masks, or none, are new: never some, never half
+        if (root / path).exists():
+            assert read_mask(root / path).max() in (mask.max(), drop_zero(mask).max())
+    process_loveda.main([str(root)])
+    assert_converted(root, masks)
+    assert not list(root.rglob("*.partial"))
+
+
+@pytest.mark.parametrize(("value", "message"), [(255, "mixture"), (9, "mixture")])
+def test_masks_that_are_not_lovedas_stay_as_they_are(loveda, value, message):
+    root, masks = loveda
+    path = next(iter(masks))
+    masks[path][0, 0], masks[path][0, 1] = value, 7
+    png(root / path, masks[path])
+    before = files(root)
+    with pytest.raises(SystemExit, match=message):
+        process_loveda.main([str(root)])
+    assert files(root) == before
