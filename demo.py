@@ -31,9 +31,9 @@ PROBE_TRAIN, PROBE_TEST = (
 PRETRAIN = f"""
     pretraining/main_pretrain.py --output_dir {OUT}/pretrain
     --model pixio_vitpico16_enc128x6h4_dec128x2h4 --input_size {SIZE}
-    --mask_ratio 0.625 --mask_grid 2 --no_norm_pix_loss
+    --norm_pix_loss --mask_ratio 0.625 --mask_grid 2
     --dataset_type imagenet --data_path {OUT}/tars --crop_scale_min 0.4 --num_workers 1
-    --batch_size 64 --lr 4e-3 --epochs 30 --iters_per_epoch 100 --warmup_epochs 2
+    --batch_size 64 --lr 4e-3 --epochs 20 --iters_per_epoch 100 --warmup_epochs 2
     --log_freq 20 --save_steps 500 --save_minutes 1 --save_freq 0
 """
 

@@ -101,8 +101,8 @@ def measure(flags: list[str], students: list[str]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--teacher", default="pixio_vitb16")
-    parser.add_argument("--students", nargs="+", default=["pixio_vits16", "pixio_vitti16"])
+    parser.add_argument("--teacher", default="pixio_vits16")
+    parser.add_argument("--students", nargs="+", default=["pixio_vitti16", "pixio_vitpico16"])
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)

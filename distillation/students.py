@@ -87,8 +87,9 @@ class Lesson:
 
     def __post_init__(self) -> None:
         if self.mask_ratio and not self.n_visible:
-            cells = self.n_cells
-            raise ValueError(f"--mask_ratio {self.mask_ratio} leaves none of {cells} cells visible: lower it")
+            raise ValueError(
+                f"--mask_ratio {self.mask_ratio} leaves none of {self.n_cells} cells visible: lower it"
+            )
 
     @property
     def n_cells(self) -> int:

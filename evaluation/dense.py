@@ -71,11 +71,9 @@ class DenseConfig:
     output_dir: str | None = option(None, "what the run writes; by default a folder named after it in runs/")
     save_minutes: float = option(10.0, "minutes between checkpoints within an epoch; 0 = at its end only")
     log_freq: int = option(20, "steps between log lines")
-    device: str = option("auto", "auto, cpu, cuda, mps")
+    device: str = option("auto", "auto, cpu, mps or a GPU")
     dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", "what autocast computes in")
-    port: int | None = option(
-        None, "where ranks meet, if their launcher does not say", aliases=("dist_port",)
-    )
+    port: int | None = option(None, "where ranks meet, if their launcher does not say")
 
     def __post_init__(self) -> None:
         least = {"epochs": 1, "batch_size": 1, "batches_per_step": 1, "window_batch": 1, "eval_freq": 1}
@@ -121,8 +119,9 @@ class Task:
         open_split: "train" or "val" and crop size (None = whole) -> the items.
         loss: logits float32 [B, O, S, S], targets [B, S, S] -> scalar.
         average: logits [n, O, S, S] -> what is averaged where windows overlap, same shape.
+        decide: averages [O, H, W] -> the prediction for an image [H, W], metres or classes.
         make_scores: gives an empty `Scores`.
-        draw: file, images uint8 [3, H, W], targets [H, W], predictions [O, H, W] -> writes a PNG.
+        draw: file, images uint8 [3, H, W], targets and predictions [H, W] -> writes a PNG.
         class_names: in the order of the results per class; empty for depth.
     """
 
@@ -134,6 +133,7 @@ class Task:
     open_split: Callable[[str, int | None], Pairs]
     loss: Callable[[Tensor, Tensor], Tensor]
     average: Callable[[Tensor], Tensor]
+    decide: Callable[[Tensor], Tensor]
     make_scores: Callable[[], Scores]
     draw: Callable[[BinaryIO, list[Tensor], list[Tensor], list[Tensor]], None]
     class_names: tuple[str, ...] = ()
@@ -172,14 +172,14 @@ def set_up(config: DenseConfig, task: Task, runtime: Runtime) -> Bench:
         ValueError, OSError: a mistake in settings or files; the message names it.
     """
     val = open_split(task, config, runtime, "val", None)
+    trained = read_head(Path(config.head)) if config.eval_only else None
+    kind = trained["identity"]["head"] if trained else config.head
     torch.manual_seed(config.seed)  # all ranks alike: of the head, and of an encoder without weights
     encoder = load_encoder(config.encoder, config.pretrained_ckp)
     patch = encoder.patch_size
     size = config.crop_size // patch * patch
     if size == 0:
         raise ValueError(f"--crop_size {config.crop_size} is below the patch size, {patch} pixels")
-    trained = read_head(Path(config.head)) if config.eval_only else None
-    kind = trained["identity"]["head"] if trained else config.head
     frozen = FrozenEncoder(encoder, head_blocks(kind, depth_of(encoder)), config.cls_concat)
     identity = {
         "task": task.name,
@@ -231,7 +231,8 @@ def read_head(path: Path) -> dict[str, Any]:
         FileNotFoundError, ValueError: no such file, or not a head.
     """
     trained = read_checkpoint(path)
-    if trained.keys() != {"identity", "epoch", "state"} or trained["identity"].get("head") not in KINDS:
+    identity = trained.get("identity")
+    if not isinstance(identity, dict) or identity.get("head") not in KINDS:
         raise ValueError(
             f"{path} is not a head.pth of this evaluation: its keys are {', '.join(trained)[:80]}"
         )
@@ -250,16 +251,26 @@ def check_same(found: dict[str, Any], expected: dict[str, Any], what: str, remed
 
 
 # ---------------------------------------------------------------------------------------------- evaluation
-def predict(bench: Bench, image: Tensor) -> Tensor:
-    """Sliding-window prediction for one image, uint8 [3, H, W] -> what the task averages, [O, H, W]."""
+def predict(bench: Bench, item: Item) -> Tensor:
+    """Sliding-window prediction for one image: metres or classes, [H, W].
+
+    Raises:
+        ValueError: it is not finite; the message names the image.
+    """
 
     def predict_windows(windows: Tensor) -> Tensor:
         with bench.runtime.autocast():
             logits = bench.head(bench.frozen(windows), windows.shape[-2:])  # [n, O, S, S]
         return bench.task.average(logits)
 
-    image = normalise(image.to(bench.runtime.device, non_blocking=True))
-    return slide(predict_windows, image, bench.size, bench.stride, bench.config.window_batch)
+    image = normalise(item.image.to(bench.runtime.device, non_blocking=True))
+    averages = slide(predict_windows, image, bench.size, bench.stride, bench.config.window_batch)
+    if not averages.isfinite().all():
+        raise ValueError(
+            f"the prediction for {item.names[0]} is not finite: the head has diverged, or the encoder "
+            "overflows; lower --lr, or use --dtype fp32"
+        )
+    return bench.task.decide(averages)
 
 
 @torch.inference_mode()
@@ -271,13 +282,7 @@ def evaluate(bench: Bench) -> dict[str, Any]:
     bench.head.eval()
     hidden = None if runtime.is_main else True  # None: where nobody watches
     for index, item in tqdm(items, "evaluate", len(indices), leave=False, disable=hidden):
-        prediction = predict(bench, item.image)
-        if not prediction.isfinite().all():
-            raise ValueError(
-                f"the prediction for {item.names[0]} is not finite: the head has diverged, or the encoder "
-                "overflows; lower --lr, or use --dtype fp32"
-            )
-        scores.add(index, prediction, item.target.to(runtime.device))
+        scores.add(index, predict(bench, item), item.target.to(runtime.device))
     bench.head.train()
     return scores.summarise(runtime.gather(scores.state))
 
@@ -291,7 +296,7 @@ def draw_panels(bench: Bench) -> None:
     indices = [i * len(bench.val) // count for i in range(count)]
     items = [item for _, item in whole_items(bench.val, indices, num_workers=0, pin_memory=False)]
     bench.head.eval()
-    predictions = [predict(bench, item.image).cpu() for item in items]
+    predictions = [predict(bench, item).cpu() for item in items]
     bench.head.train()
     images, targets = [item.image for item in items], [item.target for item in items]
     write_atomic(
@@ -390,7 +395,8 @@ def train_head(bench: Bench, train: Pairs) -> list[dict[str, Any]]:
         if within == 0:
             if epoch % config.eval_freq == 0 or epoch == config.epochs:
                 rows.append({"epoch": epoch, "seconds": time.monotonic() - began, **evaluate(bench)})
-                publish(bench, len(train), rows)
+                if done < total:  # the last are published by `run`, once the checkpoint is written
+                    publish(bench, len(train), rows)
             save(done)
         elif interval.due(done):
             save(done)
@@ -431,12 +437,12 @@ def publish(bench: Bench, trained_on: int | None, rows: list[dict[str, Any]]) ->
         "config": asdict(config),
         "evaluations": rows,
     }
+    text = json.dumps(results, indent=2, allow_nan=False) + "\n"
     if bench.runtime.is_main:
-        text = json.dumps(results, indent=2, allow_nan=False) + "\n"
         write_atomic(bench.output / "results.json", lambda file: file.write(text.encode()))
         figures = ", ".join(f"{metric} {last[metric]:.4g}" for metric in bench.task.metrics)
         print(f"{bench.output}: epoch {last['epoch']}: {figures}", flush=True)
-    return results
+    return json.loads(text)
 
 
 # ---------------------------------------------------------------------------------------------- the program

@@ -68,6 +68,7 @@ def depth_task(config: DepthConfig) -> Task:
         open_split=open_depth,
         loss=lambda logits, target: silog_loss(metres(logits).squeeze(1), target, **limits),
         average=metres,
+        decide=lambda averages: averages[0],
         make_scores=partial(DepthScores, **limits),
         draw=partial(draw_depth, **limits),
     )

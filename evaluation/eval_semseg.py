@@ -78,6 +78,7 @@ def segmentation_task(config: SegmentationConfig) -> Task:
         open_split=open_masks,
         loss=segmentation_loss,
         average=lambda logits: logits.softmax(1),
+        decide=lambda averages: averages.argmax(0),
         make_scores=partial(SegmentationScores, config.nclass),
         draw=partial(draw_classes, names=config.names),
         class_names=config.names,

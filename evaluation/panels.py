@@ -1,6 +1,6 @@
 """Pictures of what was predicted: input, ground truth and prediction of a few images, side by side.
 
-Letters: H x W pixels, O outputs.
+Letters: H x W pixels.
 """
 
 import colorsys
@@ -34,7 +34,7 @@ def draw_depth(
         file: receives a PNG.
         images: uint8 [3, H, W].
         targets: metres, [H, W]; outside of the range of depths = not measured, left grey.
-        predictions: metres, [1, H, W].
+        predictions: metres, [H, W].
         min_depth, max_depth: range of depths that count.
     """
     figure, axes = _grid(images)
@@ -42,7 +42,7 @@ def draw_depth(
     for row, target, prediction in zip(axes, targets, predictions, strict=True):
         truth = np.ma.masked_outside(target.numpy(), min_depth, max_depth)
         far = truth.max() if truth.count() else max_depth
-        for axis, depth in ((row[1], truth), (row[2], prediction[0].float().numpy())):
+        for axis, depth in ((row[1], truth), (row[2], prediction.numpy())):
             shown = axis.imshow(depth, cmap=colours, vmin=0, vmax=far, interpolation="nearest")
         figure.colorbar(shown, ax=list(row[1:]), label="m", fraction=0.03)
     _write(figure, file)
@@ -61,7 +61,7 @@ def draw_classes(
         file: receives a PNG.
         images: uint8 [3, H, W].
         targets: classes, [H, W]; beyond the names = ignored, left grey.
-        predictions: a score per class, [O, H, W].
+        predictions: classes, [H, W].
         names: of the classes.
     """
     figure, axes = _grid(images)
@@ -70,7 +70,7 @@ def draw_classes(
     colours = matplotlib.colors.ListedColormap([*palette, UNKNOWN])
     pixels = np.zeros(len(names) + 1, np.int64)
     for row, target, prediction in zip(axes, targets, predictions, strict=True):
-        for axis, classes in ((row[1], target), (row[2], prediction.argmax(0))):
+        for axis, classes in ((row[1], target), (row[2], prediction)):
             classes = np.minimum(classes.numpy(), len(names))
             pixels += np.bincount(classes.ravel(), minlength=len(pixels))
             axis.imshow(classes, cmap=colours, vmin=0, vmax=len(names), interpolation="nearest")

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# All ten dense evaluations and k-NN of one encoder: eleven jobs under SLURM, one after another elsewhere.
+# All ten dense evaluations and k-NN of one encoder: eleven jobs where there is SLURM, else one after another.
 #
 #   bash run_all.sh pixio_vith16 pixio_vith16.pth
-#   python collect_results.py                                 one table of all, beside the published numbers
+#   GPUS=8 bash run_all.sh …                          one after another on this machine, SLURM or not
+#   python collect_results.py                         one table of all, beside the published numbers
 # DENSE_FLAGS and KNN_FLAGS are added to the commands, SBATCH_FLAGS to sbatch: DENSE_FLAGS="--epochs 1" bash …
 set -euo pipefail
 if [ $# -ne 2 ]; then
@@ -16,7 +17,7 @@ cd "$here"
 mkdir -p slurm # where SLURM puts what the jobs print; without it they fail at once
 
 start=(bash)
-if command -v sbatch >/dev/null; then
+if [ -z "${GPUS:-}" ] && command -v sbatch >/dev/null; then
     read -ra start <<<"sbatch ${SBATCH_FLAGS:-}"
 fi
 read -ra dense_flags <<<"${DENSE_FLAGS:-}"

@@ -1,6 +1,7 @@
 """Pixio: a vision encoder for dense tasks, pre-trained by reconstructing pixels (https://arxiv.org/abs/2512.15715)."""
 
 from pixio.encoder import PixioViT
+from pixio.inputs import transform
 from pixio.mae import PixioMAE
 from pixio.registry import (
     create_model,
@@ -48,4 +49,5 @@ __all__ = [
     "pixio_vits16_enc384x12h6_dec256x4h8",
     "pixio_vitti16",
     "pixio_vitti16_enc192x12h3_dec128x4h4",
+    "transform",
 ]

@@ -1,52 +1,65 @@
-"""`pixio …`: models, features, pictures and rendered scenes from the command line.
+"""`pixio …`: models, weights, features, pictures and rendered scenes from the command line.
 
-Each command is a function here that reads its flags and calls the module that does the work; heavy modules
-are imported by the command that needs them.
+Each command is a function that reads its flags and calls the module that does the work; heavy modules are
+imported by the command that needs them. The commands that draw are in `pixio.cli_pictures`.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from tqdm import tqdm
+from pixio import cli_pictures
+from pixio.cli_common import Choices, add_encoder, add_input, load_encoder, make_transform
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; a user's mistake ends it with one line and exit status 2."""
-    parser = argparse.ArgumentParser(prog="pixio", description=__doc__.split("\n")[0])
+    parser = _Parser(prog="pixio", description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="command")
-    for add in (_add_info, _add_features, _add_reconstruct, _add_curves, _add_scenes):
-        add(commands)
-    arguments = parser.parse_args(argv)
-    run = arguments.run
-    del arguments.run
+
+    def add(run: Callable[..., None], example: str) -> argparse.ArgumentParser:
+        name = run.__name__
+        command = commands.add_parser(
+            name,
+            help=run.__doc__.split("\n")[0],
+            description=run.__doc__,
+            epilog=f"example: pixio {name} {example}",
+            formatter_class=_Help,
+            allow_abbrev=False,
+        )
+        command.set_defaults(run=run)
+        return command
+
+    for register in (_add_info, _add_convert, _add_features, *cli_pictures.COMMANDS, _add_scenes):
+        register(add)
+    arguments = vars(parser.parse_args(argv))
+    run = arguments.pop("run")
     try:
-        run(**vars(arguments))
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"pixio: error: {error}\n")
-        raise SystemExit(2) from None
+        run(**arguments)
+    except (ValueError, OSError, ImportError) as error:
+        parser.exit(2, f"pixio {run.__name__}: error: {' '.join(str(error).split())}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"pixio {run.__name__}: interrupted\n")
 
 
-def _command(commands, run, example: str) -> argparse.ArgumentParser:
-    name = run.__name__.removeprefix("_")
-    parser = commands.add_parser(
-        name,
-        help=run.__doc__.split("\n")[0],
-        description=run.__doc__,
-        epilog=f"example: pixio {name} {example}",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.set_defaults(run=run)
-    return parser
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
 
 
-def _add_info(commands) -> None:
-    parser = _command(commands, _info, "pixio_vith16")
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, [], False) else super()._get_help_string(action)
+
+
+def _add_info(add) -> None:
+    parser = add(info, "pixio_vith16")
     parser.add_argument("models", nargs="*", help="names; all when left out")
 
 
-def _info(models: list[str]) -> None:
+def info(models: list[str]) -> None:
     """Print sizes and parameter counts."""
     import torch
 
@@ -64,107 +77,146 @@ def _info(models: list[str]) -> None:
         print(f"{name:<42}{shape}{size:>15,}{f'{rest:,}' if rest else '':>13}")
 
 
-def _add_features(commands) -> None:
-    parser = _command(commands, _features, "photo.jpg --model pixio_vith16 --pretrained pixio_vith16.pth")
-    parser.add_argument("images", nargs="+", help="image files")
-    parser.add_argument("--model", required=True, help="encoder name, see `pixio info`")
-    parser.add_argument("--pretrained", help="weight file; random weights when left out")
-    parser.add_argument("--output", default="features.npz", help=".npz or .safetensors")
-    parser.add_argument("--size", type=int, default=256, help="images are resized to size x size pixels")
-    parser.add_argument("--device", default="auto", help="auto (a GPU if any), cpu, or a torch device")
+def _add_convert(add) -> None:
+    parser = add(convert, "pixio_vith16.pth pixio-vith16 --to transformers")
+    parser.add_argument("source", help="weight file, folder, or Hugging Face repository")
+    parser.add_argument("target", help="file or folder to make")
+    parser.add_argument(
+        "--to",
+        required=True,
+        metavar="FORMAT",
+        choices=Choices("pixio.exchange", "FORMATS"),
+        help="%(choices)s",
+    )
+    parser.add_argument("--num_heads", type=int, help="where the source does not tell")
+    parser.add_argument("--batch", type=int, help="onnx: images per batch; any when left out")
+    parser.add_argument(
+        "--size", type=int, nargs=2, metavar=("H", "W"), help="onnx: pixels; any when left out"
+    )
 
 
-def _features(
-    images: list[str], model: str, pretrained: str | None, output: str, size: int, device: str
+def convert(
+    source: str, target: str, to: str, num_heads: int | None, batch: int | None, size: list[int] | None
 ) -> None:
-    """Write the last block's features of images, after the final norm.
+    """Convert an encoder for another library.
 
-    For each image `NAME/patch_tokens` [h, w, D], patches row by row, and `NAME/embedding` [D], the mean class
-    token.
+    Prints a line of Python that loads the result.
     """
-    import torch
+    from pixio import exchange
 
-    import pixio
-    from pixio.data.transforms import load_image, normalise
-    from pixio.engine.checkpoint import write_atomic
-    from pixio.engine.runtime import start_runtime
-
-    if Path(output).suffix not in (".npz", ".safetensors"):
-        raise ValueError(f"--output {output}: end it in .npz or .safetensors")
-    runtime = start_runtime(device, "fp32")
-    encoder = pixio.create_model(model, pretrained).eval().to(runtime.device)
-    grid = encoder.grid_of(size, size)
-    features = {}
-    for path in tqdm(images, unit="image"):
-        pixels = normalise(load_image(path, size).to(runtime.device))
-        with torch.inference_mode():
-            last = encoder(pixels, block_ids=[-1])[0]
-        features[f"{path}/patch_tokens"] = last["patch_tokens_norm"][0].unflatten(0, grid).cpu()
-        features[f"{path}/embedding"] = last["cls_tokens_norm"][0].mean(dim=0).cpu()
-    if output.endswith(".npz"):
-        import numpy as np
-
-        arrays = {name: tensor.numpy() for name, tensor in features.items()}
-        write_atomic(output, lambda file: np.savez(file, **arrays))
-    else:
-        from safetensors.torch import save
-
-        write_atomic(output, lambda file: file.write(save(features)))
-    print(f"{len(images)} images -> {output}: {len(features)} arrays")
+    print(exchange.convert(source, target, to, num_heads, batch, tuple(size) if size else None))
 
 
-def _add_reconstruct(commands) -> None:
-    parser = _command(commands, _reconstruct, "a.jpg b.jpg --checkpoint runs/x/checkpoints/step_00001000.pt")
-    parser.add_argument("images", nargs="+", help="image files")
-    parser.add_argument("--checkpoint", required=True, help="training checkpoint (encoder and decoder)")
-    parser.add_argument("--output", default="reconstruction.png")
-    parser.add_argument("--mask_ratio", type=float, default=0.75)
-    parser.add_argument("--mask_grid", type=int, help="cell side in patches; as in training when left out")
-    parser.add_argument("--seed", type=int, default=0, help="of the masks")
-    parser.add_argument("--size", type=int, help="pixels per side; as in training when left out")
+def _add_features(add) -> None:
+    parser = add(features, "photos/ --pretrained pixio_vith16.pth --output features --workers 8")
+    parser.add_argument(
+        "images", nargs="+", help="image files, folders, tars, or quoted patterns with * or **"
+    )
+    add_encoder(parser)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default="features.npz",
+        help=".npz or .safetensors: one file, for a few images; else a folder, where a stopped run goes on",
+    )
+    parser.add_argument(
+        "--arrays",
+        nargs="+",
+        metavar="ARRAY",
+        choices=Choices("pixio.features", "ARRAYS"),
+        default=["patch_tokens", "embedding"],
+        help="%(choices)s; see above",
+    )
+    parser.add_argument("--blocks", type=int, nargs="+", help="block ids, the first axis then; else the last")
+    parser.add_argument("--before_norm", action="store_true", help="leave out the encoder's final norm")
+    add_input(parser, "square")
+    parser.add_argument("--dtype", default="fp32", help="computed in fp32, bf16 or fp16")
+    parser.add_argument("--half", action="store_true", help="stored as float16 instead of float32")
+    parser.add_argument(
+        "--format",
+        default="safetensors",
+        metavar="FORMAT",
+        choices=Choices("pixio.features", "FORMATS"),
+        help="of a folder: %(choices)s",
+    )
+    parser.add_argument("--per_file", type=int, default=256, help="images per file of a folder")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=0, help="processes that read images")
 
 
-def _reconstruct(
+def features(
     images: list[str],
-    checkpoint: str,
-    output: str,
-    mask_ratio: float,
-    mask_grid: int | None,
-    seed: int,
+    model: str | None,
+    pretrained: str | None,
+    num_heads: int | None,
+    device: str,
+    output: Path,
+    arrays: list[str],
+    blocks: list[int] | None,
+    before_norm: bool,
     size: int | None,
+    fit: str,
+    dtype: str,
+    half: bool,
+    format: str,
+    per_file: int,
+    batch_size: int,
+    workers: int,
 ) -> None:
-    """Draw original, masked, reconstruction and pasted, one row per image."""
-    import torch
+    """Write the features of images to files.
 
-    import pixio
-    from pixio import pictures
-    from pixio.data.transforms import load_image
+    Arrays of each image:
+      patch_tokens  map [h, w, D], patches row by row
+      embedding     mean class token [D], the recommended global embedding
+      cls_tokens    all class tokens [C, D]
+      mean_patch    mean patch token [D]
+    With --blocks they begin with an axis of blocks.
+    """
+    import time
 
-    mae = pixio.load_mae(checkpoint, **({"mask_grid": mask_grid} if mask_grid else {})).eval()
-    pixels = torch.cat([load_image(path, size or mae.encoder.img_size[0]) for path in images])
-    torch.manual_seed(seed)
-    panels = pictures.reconstruct(mae, pixels, mask_ratio)
-    pictures.save_sheet(panels, output, names=[Path(path).stem for path in images])
-    print(f"{len(images)} images -> {output}")
+    from pixio.engine.runtime import start_runtime
+    from pixio.features import Extractor, Recipe, find_images, write_file, write_folder
+
+    one_file = output.suffix in (".npz", ".safetensors")
+    if output.suffix and not one_file:
+        raise ValueError(f"--output {output}: end it in .npz or .safetensors, or name a folder without a dot")
+    shards = find_images(images)
+    runtime = start_runtime(device, dtype)
+    try:
+        if one_file and runtime.world_size > 1:
+            raise ValueError(f"--output {output}: several processes need a folder to write to")
+        encoder = load_encoder(model, pretrained, num_heads).to(runtime.device)
+        recipe = Recipe(
+            make_transform(encoder, size, fit),
+            tuple(dict.fromkeys(arrays)),
+            tuple(blocks) if blocks else None,
+            not before_norm,
+            half,
+        )
+        extractor = Extractor(encoder, recipe, runtime, batch_size, workers)
+        began = time.monotonic()
+        if one_file:
+            done = write_file(output, extractor, shards)
+        else:
+            done = write_folder(output, extractor, shards, format, per_file)
+        if runtime.is_main:
+            speed = done.computed / max(time.monotonic() - began, 1e-9)
+            earlier = f", {done.earlier} were there" if done.earlier else ""
+            print(f"{done.computed} images -> {output} ({speed:.3g} images/s{earlier})")
+            if done.errors:
+                print(f"{len(done.errors)} cannot be read, first {done.errors[0]}", file=sys.stderr)
+    finally:
+        runtime.close()
 
 
-def _add_curves(commands) -> None:
-    parser = _command(commands, _curves, "runs/first runs/second")
-    parser.add_argument("logs", nargs="+", help="log.jsonl files or the folders they lie in")
-    parser.add_argument("--output", default="curves.png")
-
-
-def _curves(logs: list[str], output: str) -> None:
-    """Draw loss and learning rate of one or several runs."""
-    from pixio import pictures
-
-    pictures.save_curves(logs, output)
-    print(f"{len(logs)} runs -> {output}")
-
-
-def _add_scenes(commands) -> None:
-    parser = _command(commands, _scenes, "imagenet-tars data/scenes --train 2000 --val 200 --size 128")
-    parser.add_argument("layout", help="imagenet-tars, imagenet-folders, web-tars, nyuv2, kitti, ade20k, …")
+def _add_scenes(add) -> None:
+    parser = add(scenes, "imagenet-tars data/scenes --train 2000 --val 200 --size 128")
+    parser.add_argument(
+        "layout",
+        metavar="layout",
+        choices=Choices("pixio.data.scene_trees", "LAYOUTS"),
+        help="%(choices)s",
+    )
     parser.add_argument("root", help="folder to make")
     parser.add_argument("--train", type=int, default=1000, help="training images")
     parser.add_argument("--val", type=int, default=100, help="validation images")
@@ -173,7 +225,7 @@ def _add_scenes(commands) -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes")
 
 
-def _scenes(layout: str, root: str, train: int, val: int, size: int, seed: int, workers: int) -> None:
+def scenes(layout: str, root: str, train: int, val: int, size: int, seed: int, workers: int) -> None:
     """Render labelled indoor scenes in the layout of a real data set."""
     from pixio.data.scene_trees import write_tree
 

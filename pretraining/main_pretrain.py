@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import pixio
 from pixio.data import DataError, Loader, normalise, open_stream
-from pixio.engine.checkpoint import Checkpoints, Interval, read_checkpoint, write_atomic
+from pixio.engine.checkpoint import Checkpoints, Interval, read_checkpoint, restore
 from pixio.engine.config import option, parse, save_config
 from pixio.engine.logs import Log
 from pixio.engine.optim import make_adamw, set_lr
@@ -69,7 +69,7 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
         mask_grid=config.mask_grid,
         norm_pix_loss=config.norm_pix_loss,
     )
-    model = runtime.wrap(mae)
+    model = runtime.wrap(mae, recompute=config.grad_checkpointing)
     optimizer = make_adamw(mae, base_lr, weight_decay=config.weight_decay, parts=("encoder",))
     scaler = runtime.make_scaler()
     if config.compile:
@@ -82,8 +82,7 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
     if state:
         check_same_model(config, state["config"])
         start, images = state["step"], state["images"]
-        mae.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        restore(mae, optimizer, state)
         scaler.load_state_dict(state["scaler"])
     if start >= config.total_steps:
         print(f"{output} is finished: {start} of {config.total_steps} steps are done")
@@ -101,7 +100,7 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
     del state  # it maps the checkpoint's file
 
     # ---- loop
-    def save(step: int) -> None:
+    def save(step: int, wait: bool = True) -> None:
         checkpoints.save(
             step,
             {
@@ -112,10 +111,9 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
                 "images": images,
                 "config": asdict(config),
             },
+            exports={output / "encoder.pth": "model.encoder."},
+            wait=wait,
         )
-        if runtime.is_main:
-            encoder = mae.encoder.state_dict()
-            write_atomic(output / "encoder.pth", lambda file: torch.save(encoder, file))
 
     def loss_fn(model: nn.Module, pixels: Tensor) -> Tensor:
         pixels = normalise(pixels.to(runtime.device, non_blocking=True))
@@ -168,7 +166,7 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
             or done == config.total_steps
             or (config.keep_every and done % config.keep_every == 0)
         ):
-            save(done)
+            save(done, wait=stopping or done == config.total_steps)
         if stopping:
             log.close()
             raise Stopped
@@ -191,7 +189,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         with heed_signals():
             runtime = start_runtime(
-                config.device, config.dtype, config.world_size, config.local_rank, config.dist_url
+                config.device,
+                config.dtype,
+                config.world_size,
+                config.local_rank,
+                config.dist_url,
+                config.parallel,
             )
             try:
                 pretrain(config, runtime)

@@ -229,6 +229,17 @@ def test_exported_encoders_are_the_students_of_the_run(masked_run):
         assert torch.equal(projector["last_proj.3.weight"], learnt["model"]["last_proj.3.weight"])
 
 
+def test_a_student_speaks_after_its_final_norm_through_the_released_projector():
+    student = Student(pixio.pixio_vitpico16(img_size=64), teacher_dim=48).eval()
+    linear, norm, gelu, last = student.last_proj
+    assert (linear.in_features, linear.out_features, last.in_features, last.out_features) == (128, 48, 48, 48)
+    assert (type(norm), norm.eps, gelu.approximate) == (torch.nn.LayerNorm, 1e-5, "none")
+    images = torch.randn(2, 3, 64, 64)
+    features, tokens = student.encoder(images)[-1], student(images)
+    torch.testing.assert_close(tokens.cls, last(gelu(norm(linear(features["cls_tokens_norm"])))))
+    torch.testing.assert_close(tokens.patch, last(gelu(norm(linear(features["patch_tokens_norm"])))))
+
+
 def test_each_student_has_its_own_line_of_numbers(masked_run):
     rows = log_of(masked_run)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -270,6 +281,17 @@ def test_resumed_run_equals_uninterrupted_run(folder, masked_run, tmp_path, monk
     assert [row["students"] for row in log_of(whole)] == [
         row["students"] for row in log_of(tmp_path / "killed")
     ]
+
+
+def test_a_run_asked_to_stop_saves_all_students_and_leaves_with_the_status_to_be_run_again(
+    folder, tmp_path, monkeypatch
+):
+    answers = iter([False, False, True])
+    monkeypatch.setattr(Runtime, "asked_to_stop", lambda self: next(answers))
+    with pytest.raises(SystemExit) as stopped:
+        run(folder, "--save_steps 0 --output_dir", tmp_path)
+    assert stopped.value.code == 75
+    assert checkpoint_of(tmp_path)["step"] == 3
 
 
 def test_a_student_learns_the_same_alone_and_beside_another(folder, masked_run, tmp_path):
@@ -343,11 +365,9 @@ def test_a_loss_that_is_not_finite_stops_all_students_before_the_step(folder, tm
     teach = Lesson.__call__
     monkeypatch.setattr(Lesson, "__call__", poisoned)
     with pytest.raises(SystemExit, match=f"the loss of {TI} is not finite"):
-        run(folder, "--save_steps 3 --output_dir", tmp_path)
+        run(folder, "--save_steps 0 --output_dir", tmp_path)
     assert checkpoint_of(tmp_path)["step"] == 3
-    monkeypatch.undo()
     state = checkpoint_of(tmp_path)["students"]
-    run(folder, "--epochs 1 --iter_per_epoch 3 --warmup_epochs 0 --output_dir", tmp_path)  # already finished
     for name in (PICO, TI):
         exported = torch.load(tmp_path / f"encoder_{name}.pth", weights_only=True)
         assert all(torch.equal(value, state[name]["model"][f"encoder.{k}"]) for k, value in exported.items())

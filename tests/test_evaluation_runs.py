@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,21 +30,10 @@ from pixio.engine.config import parse
 from pixio.engine.step import NonFiniteLoss
 
 EVALUATION = Path(eval_semseg.__file__).parent
-TINY = [
-    "--encoder",
-    "pixio_vitpico16",
-    "--device",
-    "cpu",
-    "--dtype",
-    "fp32",
-    "--num_workers",
-    "0",
-    "--crop_size",
-    "32",
-    "--save_minutes",
-    "0",
-]
-SMALL = ["--epochs", "2", "--batch_size", "1", "--batches_per_step", "2", "--lr", "1e-2", "--panels", "2"]
+TINY = """
+    --encoder pixio_vitpico16 --device cpu --dtype fp32 --num_workers 0 --crop_size 32 --save_minutes 0
+    --epochs 2 --batch_size 1 --batches_per_step 2 --lr 1e-2 --panels 2
+"""
 
 
 @pytest.fixture(scope="module")
@@ -68,17 +58,26 @@ def trees(tmp_path_factory) -> Path:
 def segmentation(trees: Path, output: Path, *flags: str) -> list[str]:
     config = EVALUATION / "semseg/configs/ade20k_linear.yaml"
     data = trees / "ade20k"
-    return [*f"--config {config} --data_root {data} --output_dir {output}".split(), *TINY, *SMALL, *flags]
+    return [*f"--config {config} --data_root {data} --output_dir {output}".split(), *TINY.split(), *flags]
 
 
 def depth(trees: Path, output: Path, *flags: str) -> list[str]:
     data = f"--dataset folder --data_root {trees / 'own'} --head linear --output_dir {output}"
-    return [*data.split(), *TINY, *SMALL, *flags]
+    return [*data.split(), *TINY.split(), *flags]
 
 
 def figures(results: dict) -> list[dict]:
     """The evaluations of a run without their times."""
     return [{key: value for key, value in row.items() if key != "seconds"} for row in results["evaluations"]]
+
+
+def assert_alike(found: dict, expected: dict, rel: float, abs: float) -> None:
+    """The same evaluations, to rounding."""
+    for row, other in zip(figures(found), figures(expected), strict=True):
+        iou, other_iou = row.pop("iou", []), other.pop("iou", [])
+        assert row == pytest.approx(other, rel=rel, abs=abs)
+        for value, other_value in zip(iou, other_iou, strict=True):  # None where a class does not occur
+            assert value == (other_value and pytest.approx(other_value, rel=rel, abs=abs))
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +120,7 @@ def test_a_saved_head_gives_its_figures_again_whatever_the_window_batch(segmente
     results, output = segmented
     head = ["--head", str(output / "head.pth"), "--eval_only"]
     again = eval_semseg.main(segmentation(trees, tmp_path, *head, "--window_batch", "1"))
-    assert figures(again) == [pytest.approx(figures(results)[-1])]
+    assert_alike(again, results | {"evaluations": results["evaluations"][-1:]}, rel=1e-6, abs=0)
 
 
 def test_depth_is_evaluated_on_png_and_npy_with_a_dpt_head(trees, tmp_path):
@@ -178,14 +177,21 @@ def test_another_run_in_the_same_folder_is_refused(segmented, trees):
 # --- ranks --------------------------------------------------------------------------------------------------
 
 TWO_RANKS = """
-import sys
+import os, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
 import eval_monodepth, eval_semseg
-eval_semseg.main(sys.argv[2].split())
-eval_monodepth.main(sys.argv[3].split())
+for program, port, command in zip((eval_semseg, eval_monodepth), sys.argv[2:4], sys.argv[4:], strict=True):
+    os.environ["MASTER_PORT"] = port
+    program.main(command.split())
 """
+
+
+def free_port() -> str:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return str(server.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -193,20 +199,24 @@ def on_two_ranks(trees, tmp_path_factory) -> Path:
     """Both programs on two real ranks, with synchronised BatchNorm; their folders are `masks` and `depth`."""
     folder = tmp_path_factory.mktemp("ranks")
     commands = " ".join(segmentation(trees, folder / "masks")), " ".join(depth(trees, folder / "depth"))
-    arguments = [sys.executable, "-c", TWO_RANKS, str(EVALUATION), *commands]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29641", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    arguments = [sys.executable, "-c", TWO_RANKS, str(EVALUATION), free_port(), free_port(), *commands]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     ranks = [
         subprocess.Popen(arguments, env=os.environ | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in (0, 1)
     ]
-    assert [rank.wait(timeout=180) for rank in ranks] == [0, 0]
+    try:
+        assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
     return folder
 
 
 def test_two_ranks_train_and_score_segmentation_like_one(segmented, on_two_ranks):
     two = json.loads((on_two_ranks / "masks/results.json").read_text())
     assert two["ranks"] == 2
-    assert figures(two) == [pytest.approx(row, rel=1e-3, abs=1e-3) for row in figures(segmented[0])]
+    assert_alike(two, segmented[0], rel=1e-6, abs=0.02)  # of per cent: a pixel or two on an edge
     heads = [torch.load(folder / "head.pth")["state"] for folder in (segmented[1], on_two_ranks / "masks")]
     torch.testing.assert_close(heads[1], heads[0], rtol=1e-3, atol=1e-4)
 
@@ -215,7 +225,7 @@ def test_two_ranks_train_and_score_depth_like_one(trees, on_two_ranks, tmp_path)
     two = json.loads((on_two_ranks / "depth/results.json").read_text())
     one = eval_monodepth.main(depth(trees, tmp_path))
     assert [row["images"] for row in figures(two)] == [3, 3]  # an odd number: nothing is counted twice
-    assert figures(two) == [pytest.approx(row, rel=1e-4, abs=1e-6) for row in figures(one)]
+    assert_alike(two, one, rel=1e-4, abs=1e-6)
 
 
 def test_batches_that_the_ranks_cannot_share_are_refused(trees, tmp_path):
@@ -426,7 +436,7 @@ def test_launch_scripts_work_as_slurms_copy(programs, tmp_path, submitted_from):
 
 def test_the_table_shows_runs_beside_published_numbers(segmented, capsys):
     results, output = segmented
-    collect_results.main([str(output.parent)])
+    collect_results.main([str(output)])
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     assert len({len(row) for row in rows}) == 1
     column = rows[0].index("ADE20K linear")

@@ -141,10 +141,17 @@ def data(tmp_path):
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    """Several parts and products of few images, so that there is something to share and to resume."""
+    """Several parts and products of few images, so that there is something to share and to resume.
+
+    One thread, as in the processes that torchrun starts: sums are then rounded alike.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     monkeypatch.setattr(feature_bank, "PART", 4)
     monkeypatch.setattr(eval_knn, "QUERIES", 4)
     monkeypatch.setattr(knn, "QUERIES", 4)
+    yield
+    torch.set_num_threads(threads)
 
 
 def run(data: Path, output: Path, *flags: str) -> dict:

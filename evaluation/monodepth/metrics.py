@@ -78,11 +78,11 @@ class DepthScores:
 
         Args:
             index: of the image in the data set.
-            prediction: metres, [1, H, W].
-            target: metres, [H, W].
+            prediction: metres, [H, W].
+            target: metres, [H, W], 0 = not measured.
         """
         valid = measured(target, self.min_depth, self.max_depth)
-        prediction = prediction[0].clamp(self.min_depth, self.max_depth)
+        prediction = prediction.clamp(self.min_depth, self.max_depth)
         prediction, truth = (x[valid].cpu().double().numpy() for x in (prediction, target))
         self.state[index] = depth_metrics(prediction, truth) if len(truth) >= MIN_PIXELS else None
 

@@ -119,8 +119,8 @@ def scale_crop_flip(
     long = max(height, width)
     new = int(rng.integers(int(0.5 * long), 2 * long + 1))
     shape = (max(round(width * new / long), 1), max(round(height * new / long), 1))
-    image = np.asarray(Image.fromarray(image).resize(shape, Image.Resampling.BICUBIC))
-    mask = np.asarray(Image.fromarray(mask).resize(shape, Image.Resampling.NEAREST))
+    image = np.array(Image.fromarray(image).resize(shape, Image.Resampling.BICUBIC))
+    mask = np.array(Image.fromarray(mask).resize(shape, Image.Resampling.NEAREST))
     return crop_and_flip(rng, image, mask, size, fill=IGNORE)
 
 

@@ -34,11 +34,11 @@ class SegmentationScores:
 
         Args:
             index: of the image in the data set.
-            prediction: a score per class, [O, H, W].
+            prediction: classes, int64 [H, W].
             target: classes, [H, W], 255 = ignored.
         """
         scored = target != IGNORE
-        cells = target[scored].long() * self.nclass + prediction.argmax(0)[scored]
+        cells = target[scored].long() * self.nclass + prediction[scored]
         self.state["confusion"] += cells.bincount(minlength=self.nclass**2).view(self.nclass, -1).cpu()
         self.state["images"] += 1
 

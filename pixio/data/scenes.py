@@ -445,7 +445,7 @@ def _dress(rng: np.random.Generator, world: World) -> _Look:
         fill=rng.uniform(0.3, 0.9) * direction / np.linalg.norm(direction),
         exposure=float(rng.uniform(0.35, 0.85)),
         tint=rng.uniform(0.9, 1.1, 3),
-        sensor_noise=float(rng.uniform(0.0, 0.02)),
+        sensor_noise=float(rng.uniform(0.0, 0.004)),
     )
 
 

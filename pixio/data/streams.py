@@ -131,13 +131,13 @@ class Curation:
 
     def rejects(self, record: Any, *key: int | str) -> str | None:
         """The reason to drop an image, or None to keep it; `key` seeds the draw of this visit."""
+        if isinstance(record, dict) and "error" in record:
+            return "damaged"
         needed = ["histogram_score"] * (self.hist_thresh is not None)
         needed += ["width", "height"] * (self.imgres_thresh is not None)
         needed += ["mae_loss"] * self.soft_sampling
         if not isinstance(record, dict) or not all(isinstance(record.get(k), int | float) for k in needed):
             return "no_statistics"
-        if "error" in record:
-            return "damaged"
         if self.hist_thresh is not None and not record["histogram_score"] > self.hist_thresh:
             return "histogram"
         if self.imgres_thresh is not None and min(record["width"], record["height"]) < self.imgres_thresh:

@@ -1,7 +1,10 @@
 """Files that are whole or absent, and the checkpoints of a run made of them.
 
 A checkpoint is written beside its place, brought to the disk, renamed, and only then pointed to: whenever the
-process is killed, the file named by `latest` is complete.
+process is killed, the file named by `latest` is complete. One file holds all, also of a model that is divided
+over ranks: rank 0 puts it together in its host's memory, in the background, so that any number of ranks, with
+copies or shards, goes on from what any other wrote. (The format of torch.distributed.checkpoint, a folder of
+shards, would have to be unpickled to be read.)
 """
 
 import errno
@@ -11,12 +14,16 @@ import shutil
 import time
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from pixio.engine.runtime import GIB, Runtime
 
@@ -85,7 +92,8 @@ def read_checkpoint(path: str | os.PathLike, verify: bool = True) -> dict[str, A
 class Checkpoints:
     """The checkpoints in one folder: `step_00000100.pt`, …, and `latest`, which holds the name of the newest.
 
-    `save` and `load_latest` are collective: all ranks call them, rank 0 writes, all succeed or all raise.
+    `save`, `wait` and `load_latest` are collective: all ranks call them, rank 0 writes, all succeed or all
+    raise.
 
     Args:
         folder: made when missing.
@@ -105,41 +113,78 @@ class Checkpoints:
         self.runtime = runtime
         self.keep_newest = keep_newest
         self.keep_every = keep_every
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[str | None] | None = None
 
-    def save(self, step: int, state: Mapping[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        exports: Mapping[str | os.PathLike, str] | None = None,
+        wait: bool = True,
+    ) -> Path:
         """Write `state` and `{"step": step}`, point to it, then remove what need not be kept.
 
         Args:
             step: optimiser steps taken so far.
-            state: tensors, numbers, text, and dictionaries, lists and tuples of them.
+            state: tensors (shards too), numbers, text, and dictionaries, lists and tuples of them.
+            exports: further files to make, each of the tensors of `state` whose names, such as
+                "model.encoder.norm.weight", begin with a prefix, under the rest of their names.
+            wait: return when all is on the disk; else when a copy of `state` is made, which may then change.
 
         Returns:
-            The file, complete on disk.
+            The file.
 
         Raises:
             TypeError: `state` holds something that could not be read back safely.
-            OSError: the disk is full or refused; the previous checkpoint is untouched.
+            OSError: the disk is full or refused, in this save or in one that was not waited for; the previous
+                checkpoint is untouched.
         """
+        self.wait()
         path = self._path(step)
         state = {**state, "step": step}
         size = sum(_storages(state).values())
-        failure = None
-        if self.runtime.is_main:
-            try:
-                self._write(path, state, size)
-            except (OSError, RuntimeError) as error:
-                reason = error
-                while reason.__context__:  # what torch met first, when it fails again in closing the file
-                    reason = reason.__context__
-                free = shutil.disk_usage(self.folder).free / GIB if self.folder.is_dir() else 0.0
-                failure = (
-                    f"could not save {path}: {reason} ({size / GIB:.3f} GiB needed, {free:.3f} GiB free). "
-                    "Earlier checkpoints are untouched"
-                )
-        failure = self.runtime.gather(failure)[0]
-        if failure:
-            raise OSError(failure)
+        copy = _map(state, Tensor, partial(_on_host, runtime=self.runtime))
+        self._pending = self._writer.submit(self._finish, path, copy, size, exports or {})
+        if wait:
+            self.wait()
         return path
+
+    def wait(self) -> None:
+        """Wait until the last save is complete.
+
+        Raises:
+            OSError: it failed.
+        """
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            failure = self.runtime.gather(pending.result())[0]
+            if failure:
+                raise OSError(failure)
+
+    def _finish(
+        self, path: Path, state: dict[str, Any], size: int, exports: Mapping[str | os.PathLike, str]
+    ) -> str | None:
+        """Put shards together on rank 0 and write all; returns what went wrong."""
+        state = _map(state, _Part, partial(_assemble, runtime=self.runtime))
+        if not self.runtime.is_main:
+            return None
+        try:
+            self._write(path, state, size)
+            named = dict(_named_tensors(state))
+            for file, prefix in exports.items():
+                part = {name.removeprefix(prefix): named[name] for name in named if name.startswith(prefix)}
+                write_atomic(file, partial(torch.save, part))
+        except (OSError, RuntimeError) as error:
+            reason = error
+            while reason.__context__:  # what torch met first, when it fails again in closing the file
+                reason = reason.__context__
+            free = shutil.disk_usage(self.folder).free / GIB if self.folder.is_dir() else 0.0
+            return (
+                f"could not save {path}: {reason} ({size / GIB:.3f} GiB needed, {free:.3f} GiB free). "
+                "Earlier checkpoints are untouched"
+            )
+        return None
 
     def load_latest(self) -> dict[str, Any] | None:
         """The newest checkpoint, its step under `"step"`, or None in a folder without any.
@@ -228,12 +273,88 @@ class Interval:
         return due
 
 
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Load "model" and "optimizer" of a checkpoint; of what is divided over ranks, each takes its part."""
+    like = dict(model.named_parameters())
+    model.load_state_dict({name: _share(tensor, like.get(name)) for name, tensor in saved["model"].items()})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        index: {name: _share(value, parameters[index]) for name, value in values.items()}
+        for index, values in saved["optimizer"]["state"].items()
+    }
+    optimizer.load_state_dict({**saved["optimizer"], "state": moments})
+
+
+def _share(value: Any, like: Tensor | None) -> Any:
+    """This rank's part of a whole tensor that belongs to the shard `like`; anything else as it is."""
+    if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.shape != like.shape:
+        return value
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _map(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """`value` with every part of a `kind` replaced, one after the other in the order of `value`."""
+    if isinstance(value, kind):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _map(part, kind, function) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_map(part, kind, function) for part in value)
+    return value
+
+
+def _named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor inside dictionaries of dictionaries, by its path."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _named_tensors(part, f"{name}.{key}" if name else str(key))
+
+
+class _Part(NamedTuple):
+    """A rank's rows of a tensor that is divided over `owners`, on its host."""
+
+    rows: Tensor
+    shape: torch.Size
+    owners: list[int]
+
+
+def _on_host(tensor: Tensor, runtime: Runtime) -> Tensor | _Part | None:
+    """A copy of what this rank contributes: its shard; or, on rank 0, a tensor that all ranks have."""
+    tensor = tensor.detach()
+    if isinstance(tensor, DTensor):
+        assert tensor.placements[-1] == Shard(0), tensor.placements
+        mesh = tensor.device_mesh.mesh
+        owners = mesh.reshape(-1, mesh.shape[-1])[0].tolist()  # of the first copy
+        return _Part(tensor.to_local().to("cpu", copy=True), tensor.shape, owners)
+    return tensor.to("cpu", copy=True) if runtime.is_main else None
+
+
+def _assemble(part: _Part, runtime: Runtime) -> Tensor | None:
+    """The whole tensor on rank 0, exchanged between hosts; None elsewhere."""
+    if not runtime.is_main:
+        if runtime.rank in part.owners and part.rows.numel():
+            dist.send(part.rows, dst=0, group=runtime.host_group)
+        return None
+    whole = torch.empty(part.shape, dtype=part.rows.dtype)
+    chunks = whole.chunk(len(part.owners))  # can be fewer: the last owners then hold nothing
+    for owner, rows in zip(part.owners[: len(chunks)], chunks, strict=True):
+        if owner == 0:
+            rows.copy_(part.rows)
+        else:
+            dist.recv(rows, src=owner, group=runtime.host_group)
+    return whole
+
+
 def _storages(value: Any, name: str = "state") -> dict[int, int]:
     """Bytes of each tensor storage inside `value`, by address, as torch.save writes them: shared ones once.
 
     Raises:
         TypeError: a part is of a type that a reader without pickle would refuse.
     """
+    if isinstance(value, DTensor):
+        return {id(value): value.numel() * value.element_size()}
     if isinstance(value, Tensor):
         storage = value.untyped_storage()
         return {storage.data_ptr(): storage.nbytes()}

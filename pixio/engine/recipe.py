@@ -53,6 +53,10 @@ class TrainConfig:
     device: str = option("auto", "auto (a GPU if there is one), cpu, or the name of a torch device")
     dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", "what autocast computes in")
     compile: bool = option(False, "compile the model with torch.compile")
+    parallel: Literal["ddp", "fsdp", "hybrid"] = option(
+        "ddp", "a model per GPU, shards over all GPUs, or shards within each machine"
+    )
+    grad_checkpointing: bool = option(False, "recompute activations: much less memory, a third more time")
     world_size: int | None = option(None, "processes, when started by hand; launchers tell it")
     local_rank: int | None = option(None, "which of them this is", aliases=("local-rank",))
     dist_url: str | None = option(None, "where they meet, such as tcp://127.0.0.1:29500")

@@ -4,22 +4,27 @@ Everything else in the project asks a `Runtime` and never an environment variabl
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from pixio.engine import signals
 
@@ -32,6 +37,11 @@ class Runtime:
     """One process of a run: its device, its place among the ranks, and the precision it computes in.
 
     The methods named after collectives must be called by every rank; with one rank they cost nothing.
+
+    Attributes:
+        mesh: the ranks that share one copy of each model in shards (its last dimension); None: each rank has
+            a copy of its own.
+        host_group: the ranks, for exchange between hosts beside what the devices exchange; with a mesh only.
     """
 
     device: torch.device
@@ -39,6 +49,8 @@ class Runtime:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    mesh: DeviceMesh | None = None
+    host_group: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -73,16 +85,31 @@ class Runtime:
         text = f"{seed}/{step}/{self.rank}{part and '/'}{part}".encode()
         torch.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big", signed=True))
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: nn.Module, recompute: bool = False) -> nn.Module:
         """Move `model` to the device and make its gradients the mean over ranks; rank 0's weights reach all.
 
-        Only parameters that require a gradient now take part: wrap again after freezing or thawing some.
+        Only parameters that require a gradient now take part: wrap again after freezing or thawing some. With
+        a mesh the parameters of `model` itself become shards (so make the optimiser afterwards).
+
+        Args:
+            model: its blocks, the members of its module lists, are what is sharded and recomputed one by one.
+            recompute: run each block again in the backward pass instead of keeping its activations.
         """
+        if recompute:
+            for block in blocks_of(model):
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if self.mesh is not None:
+            return shard(model, self.mesh, self.dtype, self._start_from_rank_0)
         model = model.to(self.device)
-        if self.world_size == 1:
+        if self.world_size == 1 or not any(parameter.requires_grad for parameter in model.parameters()):
             return model
         device_ids = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+    def _start_from_rank_0(self, unit: nn.Module) -> None:
+        for tensor in (*unit.to(self.device).parameters(), *unit.buffers()):
+            if not isinstance(tensor, DTensor):  # of a block that is sharded already
+                dist.broadcast(tensor.detach(), src=0)
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         """The model itself, without what `wrap` and `torch.compile` put around it."""
@@ -160,6 +187,7 @@ def start_runtime(
     world_size: int | None = None,
     local_rank: int | None = None,
     dist_url: str | None = None,
+    parallel: Literal["ddp", "fsdp", "hybrid"] = "ddp",
     timeout_minutes: float = 30.0,
 ) -> Runtime:
     """Find this process's ranks, choose its device and precision, and join the other ranks.
@@ -172,6 +200,8 @@ def start_runtime(
         world_size: processes, all on this machine, of a run started by hand; None or 1: the launcher knows.
         local_rank: which of them this is; None or -1: the launcher knows.
         dist_url: where they meet, as "tcp://127.0.0.1:29500"; None or "env://": MASTER_ADDR, MASTER_PORT.
+        parallel: what `Runtime.wrap` does with a model: a copy on every rank (ddp), shards over all ranks
+            (fsdp), or shards over the ranks of a machine and a copy on every machine (hybrid).
         timeout_minutes: how long a rank waits for the others in a collective before it gives up.
 
     Raises:
@@ -192,7 +222,61 @@ def start_runtime(
             timeout=timedelta(minutes=timeout_minutes),
             device_id=chosen if chosen.type == "cuda" else None,
         )
-    return Runtime(chosen, precision, ranks.rank, ranks.local_rank, ranks.world_size)
+    mesh = host_group = None
+    if parallel != "ddp" and ranks.world_size > 1:
+        if precision == torch.float16:
+            raise ValueError(
+                f"--parallel {parallel} computes in bf16 or fp32, not in fp16: choose one of them"
+            )
+        mesh = make_mesh(chosen.type, ranks, parallel)
+        host_group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+    return Runtime(chosen, precision, ranks.rank, ranks.local_rank, ranks.world_size, mesh, host_group)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The members of the module lists of `model`: the large parts that run one after another."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return [block for blocks in lists for block in blocks]
+
+
+def shard(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    dtype: torch.dtype = torch.float32,
+    prepare: Callable[[nn.Module], object] = lambda unit: None,
+) -> nn.Module:
+    """Divide the parameters of `model` over the last dimension of `mesh`, in place (FSDP2).
+
+    Args:
+        model: on any device, the meta device too.
+        mesh: one dimension (shards) or two (copies of the shards).
+        dtype: what the blocks compute and gather their parameters in; gradients are averaged in float32. What
+            lies outside the blocks stays float32, as under autocast, and with it the sum that they add to.
+        prepare: called with each block, and at last with the model, before it is divided.
+    """
+    low = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in blocks_of(model):
+        prepare(block)
+        fully_shard(block, mesh=mesh, mp_policy=low if dtype != torch.float32 else MixedPrecisionPolicy())
+    prepare(model)
+    return fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+
+
+def make_mesh(kind: str, ranks: "Ranks", parallel: str) -> DeviceMesh:
+    """The mesh of devices of a `kind` that `shard` needs: all ranks, or (machines, ranks of a machine).
+
+    Raises:
+        ValueError: hybrid sharding over machines that run different numbers of processes.
+    """
+    if parallel == "fsdp":
+        return init_device_mesh(kind, (ranks.world_size,), mesh_dim_names=("shard",))
+    if ranks.world_size % ranks.local_world_size:
+        raise ValueError(
+            "--parallel hybrid needs the same number of processes on each machine, found "
+            f"{ranks.world_size} in all and {ranks.local_world_size} on one: choose fsdp"
+        )
+    shape = (ranks.world_size // ranks.local_world_size, ranks.local_world_size)
+    return init_device_mesh(kind, shape, mesh_dim_names=("copy", "shard"))
 
 
 class Ranks(NamedTuple):

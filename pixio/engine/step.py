@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from pixio.engine.runtime import Runtime
 
@@ -115,6 +116,8 @@ def compute_gradients(
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if isinstance(norm, DTensor):  # of shards
+        norm = norm.full_tensor()
     return Gradients(optimizer, scaler, parameters, torch.stack(losses).sum(), norm)
 
 

@@ -1,0 +1,183 @@
+"""Copies, shards, or one process: the same losses, and checkpoints that any of them goes on from."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+import pixio
+from pixio.engine.checkpoint import Checkpoints, read_checkpoint, restore
+from pixio.engine.optim import make_adamw
+from pixio.engine.runtime import Runtime, start_runtime
+from pixio.engine.step import accumulate
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "distillation"))
+from students import Batch, Learner, Lesson, Student  # noqa: E402
+from teachers import teacher_tokens  # noqa: E402
+
+STEPS, SAVED = 10, 5
+IMAGES = 8  # of a step, over all ranks
+
+
+def step_data(step: int, runtime: Runtime) -> tuple[Tensor, Tensor]:
+    """This rank's share of the images and mask noise of a step."""
+    random = torch.Generator().manual_seed(step)
+    images = torch.randn(IMAGES, 3, 64, 64, generator=random)
+    noise = torch.rand(IMAGES, 4, generator=random)
+    share = slice(
+        runtime.rank * IMAGES // runtime.world_size, (runtime.rank + 1) * IMAGES // runtime.world_size
+    )
+    return images[share], noise[share]
+
+
+def pretrain(runtime: Runtime, folder: Path, steps: range, recompute: bool = False) -> list[float]:
+    """Losses of `steps`; the run begins, or goes on from the newest checkpoint, and saves one on its way."""
+    torch.manual_seed(runtime.rank)  # rank 0's first weights must reach all
+    mae = pixio.create_model("pixio_vitpico16_enc128x6h4_dec128x2h4", img_size=64, mask_grid=2)
+    model = runtime.wrap(mae, recompute=recompute)
+    optimizer = make_adamw(mae, 1e-3)
+    checkpoints = Checkpoints(folder, runtime)
+    if steps.start:
+        restore(mae, optimizer, checkpoints.load_latest())
+    losses = []
+    for step in steps:
+        batch = step_data(step, runtime)
+        result = accumulate(
+            runtime,
+            model,
+            optimizer,
+            runtime.make_scaler(),
+            [batch],
+            lambda model, batch: model(batch[0], noise=batch[1]).loss,
+            clip_grad=0.5,
+        )
+        losses.append([result.loss.item(), result.grad_norm.item()])
+        if step + 1 == SAVED:
+            state = {"model": mae.state_dict(), "optimizer": optimizer.state_dict()}
+            exports = {folder.with_suffix(".pth"): "model.encoder."}
+            checkpoints.save(SAVED, state, exports, wait=False)
+    checkpoints.wait()
+    return losses
+
+
+def distil(runtime: Runtime) -> list[float]:
+    """Losses of a masked student with a teacher that `runtime` holds as it holds all models."""
+    torch.manual_seed(runtime.rank)
+    teacher = pixio.create_model("pixio_vitti16", img_size=64).requires_grad_(False).eval()
+    teacher.blocks = teacher.blocks[:2]
+    runtime.wrap(teacher)
+    encoder = pixio.create_model("pixio_vitpico16", img_size=64)
+    losses = {"loss_fn_cls": "cosine", "loss_fn_patch": "mse", "loss_fuse": "avg"}
+    lesson = Lesson(encoder.grid, 0.5, 2, losses)
+    learner = Learner("pico", Student(encoder, teacher.embed_dim), lesson, 1e-3, runtime, 0.05)
+    found = []
+    for step in range(STEPS):
+        images, noise = step_data(step, runtime)
+        batch = Batch(images, teacher_tokens(teacher, images, encoder.grid), noise)
+        result = accumulate(
+            runtime, learner.model, learner.optimizer, learner.scaler, [batch], learner.lesson
+        )
+        found.append(result.loss.item())
+    return found
+
+
+def two_ranks(rank: int, folder: Path) -> None:
+    """Everything with two ranks, in one start of them."""
+    torch.set_num_threads(1)
+    found = {}
+    for parallel in ("ddp", "fsdp"):
+        meeting = f"file://{folder}/{parallel}2"
+        runtime = start_runtime("cpu", "fp32", 2, rank, meeting, parallel)
+        shards = parallel == "fsdp"
+        found[f"{parallel}2"] = pretrain(
+            runtime, folder / f"from-{parallel}2", range(STEPS), recompute=shards
+        )
+        found[f"{parallel}2 distillation"] = distil(runtime)
+        runtime.close()
+    torch.save(found, folder / f"two-{rank}.pt")
+
+
+def four_ranks(rank: int, folder: Path) -> None:
+    """Four ranks, as of two machines, go on from what two ranks with shards saved."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": "2"}
+    found = {}
+    for parallel in ("ddp", "hybrid"):
+        meeting = f"file://{folder}/{parallel}4"
+        runtime = start_runtime("cpu", "fp32", dist_url=meeting, parallel=parallel)
+        found[f"{parallel}4"] = pretrain(runtime, folder / "from-fsdp2", range(SAVED, STEPS))
+        if parallel == "hybrid":
+            Checkpoints(folder / "from-hybrid4", runtime).save(1, {"model": shards_of_a_model(runtime)})
+        runtime.close()
+    torch.save(found, folder / f"four-{rank}.pt")
+
+
+def shards_of_a_model(runtime: Runtime) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return runtime.wrap(nn.Sequential(nn.ModuleList([nn.Linear(3, 5), nn.Linear(5, 1)]))).state_dict()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict:
+    """What each way of running gave on each of its ranks, by its name."""
+    folder = tmp_path_factory.mktemp("parallel")
+    alone = Runtime(torch.device("cpu"))
+    found = {
+        "one": [pretrain(alone, folder / "from-one", range(STEPS))],
+        "one distillation": [distil(alone)],
+        "folder": folder,
+    }
+    mp.spawn(two_ranks, (folder,), nprocs=2)
+    found["one from fsdp2"] = [pretrain(alone, folder / "from-fsdp2", range(SAVED, STEPS))]
+    mp.spawn(four_ranks, (folder,), nprocs=4)
+    for name, ranks in (("two", 2), ("four", 4)):
+        for rank in range(ranks):
+            for key, value in torch.load(folder / f"{name}-{rank}.pt", weights_only=True).items():
+                found.setdefault(key, []).append(value)
+    return found
+
+
+@pytest.mark.parametrize("name", ["ddp2", "fsdp2"])
+def test_two_ranks_with_copies_or_recomputed_shards_equal_one_process(runs, name):
+    assert len(runs[name]) == 2
+    for losses in runs[name]:
+        torch.testing.assert_close(losses, runs["one"][0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["ddp2", "fsdp2"])
+def test_distillation_on_two_ranks_equals_one_process(runs, name):
+    for losses in runs[f"{name} distillation"]:
+        torch.testing.assert_close(losses, runs["one distillation"][0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["one from fsdp2", "ddp4", "hybrid4"])
+def test_what_two_ranks_with_shards_saved_goes_on_with_any_others(runs, name):
+    assert len(runs[name]) == (4 if "4" in name else 1)
+    for losses in runs[name]:
+        torch.testing.assert_close(losses, runs["one"][0][SAVED:], atol=1e-4, rtol=0)
+
+
+def test_a_checkpoint_of_shards_is_one_file_that_rebuilds_the_model(runs):
+    (path,) = (runs["folder"] / "from-fsdp2").glob("step_*.pt")
+    whole = read_checkpoint(runs["folder"] / "from-one" / path.name)["model"]
+    for name, tensor in pixio.load_mae(path, num_heads=4, decoder_num_heads=4).state_dict().items():
+        torch.testing.assert_close(tensor, whole[name], atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_the_encoder_is_exported_beside_it(runs):
+    encoder = pixio.pixio_vitpico16(runs["folder"] / "from-fsdp2.pth", img_size=64)
+    saved = read_checkpoint(runs["folder"] / "from-fsdp2" / f"step_{SAVED:08d}.pt")["model"]
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(tensor, saved[f"encoder.{name}"]), name
+
+
+def test_shards_of_machines_with_copies_are_put_together_once(runs):
+    saved = read_checkpoint(runs["folder"] / "from-hybrid4" / "step_00000001.pt")["model"]
+    expected = shards_of_a_model(Runtime(torch.device("cpu")))
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], expected[name]) for name in saved)
