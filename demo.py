@@ -55,8 +55,7 @@ def main() -> None:
 
     step("4. Extract features")
     encoder = f"{OUT}/pretrain/encoder.pth"
-    model = f"--model pixio_vitpico16 --pretrained {encoder} --size {SIZE}"
-    run(f"-m pixio features {photos} {model} --output {OUT}/features.npz")
+    run(f"-m pixio features {photos} --pretrained {encoder} --size {SIZE} --output {OUT}/features.npz")
 
     step("5. Measure what the encoder knows about scenes it has never seen")
     rows = measure(encoder)

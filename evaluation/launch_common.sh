@@ -11,7 +11,12 @@ launch() {
     cd "$here"
     if [ -n "${SLURM_JOB_ID:-}" ]; then
         export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun does not take it over from sbatch
-        exec srun --kill-on-bad-exit=1 python "$@"
+        # The warning that the header asks for, before a time limit or a preemption: back into the queue. The next
+        # attempt goes on from the last checkpoint.
+        trap 'scontrol requeue "$SLURM_JOB_ID"' USR2
+        srun --kill-on-bad-exit=1 python "$@" &
+        wait $!
+        exit
     elif [ "${GPUS:-1}" -gt 1 ]; then
         exec torchrun --standalone --nproc_per_node "$GPUS" "$@"
     fi

@@ -6,6 +6,9 @@
 #SBATCH --mem=1200G
 #SBATCH --time=7-00:00:00
 #SBATCH --output=slurm/%j.out
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR2@120
+#SBATCH --requeue
 # Depth with a frozen encoder on one machine; README, evaluation.
 #
 #   sbatch launch_monodepth.sh monodepth/configs/nyuv2_dpt.yaml pixio_vith16 pixio_vith16.pth

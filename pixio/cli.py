@@ -5,6 +5,7 @@ imported by the command that needs them. The commands that draw are in `pixio.cl
 """
 
 import argparse
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,9 @@ from pixio.cli_common import Choices, add_encoder, add_input, load_encoder, make
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; a user's mistake ends it with one line and exit status 2."""
-    parser = _Parser(prog="pixio", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = _Parser(
+        prog="pixio", description="Models, weights, features and pictures of Pixio.", allow_abbrev=False
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
 
     def add(run: Callable[..., None], example: str) -> argparse.ArgumentParser:
@@ -24,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = commands.add_parser(
             name,
             help=run.__doc__.split("\n")[0],
-            description=run.__doc__,
+            description=inspect.cleandoc(run.__doc__),
             epilog=f"example: pixio {name} {example}",
             formatter_class=_Help,
             allow_abbrev=False,
@@ -32,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command.set_defaults(run=run)
         return command
 
-    for register in (_add_info, _add_convert, _add_features, *cli_pictures.COMMANDS, _add_scenes):
+    for register in (_add_info, _add_convert, _add_features, *cli_pictures.COMMANDS, _add_plan, _add_scenes):
         register(add)
     arguments = vars(parser.parse_args(argv))
     run = arguments.pop("run")
@@ -51,7 +54,8 @@ class _Parser(argparse.ArgumentParser):
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, [], False) else super()._get_help_string(action)
+        silent = action.default is None or action.default is False or action.default == []
+        return action.help if silent else super()._get_help_string(action)
 
 
 def _add_info(add) -> None:
@@ -65,16 +69,16 @@ def info(models: list[str]) -> None:
 
     import pixio
 
-    names = models or [*pixio.list_models(), *pixio.list_models(pretraining=True)]
-    print(f"{'model':<42}{'width':>6}{'blocks':>7}{'heads':>6}{'encoder':>15}{'decoder':>13}")
-    for name in names:
+    lines = [f"{'model':<42}{'width':>6}{'blocks':>7}{'heads':>6}{'encoder':>15}{'decoder':>13}"]
+    for name in models or [*pixio.list_models(), *pixio.list_models(pretraining=True)]:
         with torch.device("meta"):
             model = pixio.create_model(name)
         encoder = getattr(model, "encoder", model)
         size = sum(p.numel() for p in encoder.parameters())
         rest = sum(p.numel() for p in model.parameters()) - size
         shape = f"{encoder.embed_dim:>6}{len(encoder.blocks):>7}{encoder.num_heads:>6}"
-        print(f"{name:<42}{shape}{size:>15,}{f'{rest:,}' if rest else '':>13}")
+        lines.append(f"{name:<42}{shape}{size:>15,}{f'{rest:,}' if rest else '':>13}")
+    print("\n".join(lines))
 
 
 def _add_convert(add) -> None:
@@ -124,8 +128,8 @@ def _add_features(add) -> None:
         nargs="+",
         metavar="ARRAY",
         choices=Choices("pixio.features", "ARRAYS"),
-        default=["patch_tokens", "embedding"],
-        help="%(choices)s; see above",
+        default=[],
+        help="%(choices)s (see above); the first two when left out",
     )
     parser.add_argument("--blocks", type=int, nargs="+", help="block ids, the first axis then; else the last")
     parser.add_argument("--before_norm", action="store_true", help="leave out the encoder's final norm")
@@ -140,7 +144,7 @@ def _add_features(add) -> None:
         help="of a folder: %(choices)s",
     )
     parser.add_argument("--per_file", type=int, default=256, help="images per file of a folder")
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--batch_size", type=int, default=32, help="images of one size")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")
 
 
@@ -188,7 +192,7 @@ def features(
         encoder = load_encoder(model, pretrained, num_heads).to(runtime.device)
         recipe = Recipe(
             make_transform(encoder, size, fit),
-            tuple(dict.fromkeys(arrays)),
+            tuple(dict.fromkeys(arrays)) or Recipe.arrays,
             tuple(blocks) if blocks else None,
             not before_norm,
             half,
@@ -201,12 +205,29 @@ def features(
             done = write_folder(output, extractor, shards, format, per_file)
         if runtime.is_main:
             speed = done.computed / max(time.monotonic() - began, 1e-9)
-            earlier = f", {done.earlier} were there" if done.earlier else ""
-            print(f"{done.computed} images -> {output} ({speed:.3g} images/s{earlier})")
+            earlier = f", and {done.earlier} from before" if done.earlier else ""
+            print(f"{done.computed} images -> {output}, {speed:.3g} images/s{earlier}")
             if done.errors:
                 print(f"{len(done.errors)} cannot be read, first {done.errors[0]}", file=sys.stderr)
     finally:
         runtime.close()
+
+
+def _add_plan(add) -> None:
+    parser = add(plan, "pixio_vit5b16_enc3072x48h32_dec512x32h16 --gpus 256 --gpu_memory 80 --batch 64")
+    parser.add_argument("model", help="pre-training model or encoder, see `pixio info`")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs, each with its own process")
+    parser.add_argument("--gpu_memory", type=float, required=True, help="of each GPU, in GiB")
+    parser.add_argument("--batch", type=int, default=64, help="images per GPU and forward pass")
+    parser.add_argument("--dtype", default="bf16", help="computed in bf16, fp16 or fp32")
+    parser.add_argument("--mask_ratio", type=float, default=0.75, help="share of masked cells")
+
+
+def plan(model: str, gpus: int, gpu_memory: float, batch: int, dtype: str, mask_ratio: float) -> None:
+    """Tell what training a model needs: memory for each way of dividing it, and arithmetic."""
+    from pixio.plan import describe, make_plan
+
+    print(describe(make_plan(model, gpus, batch, dtype, mask_ratio), gpu_memory))
 
 
 def _add_scenes(add) -> None:
@@ -221,7 +242,7 @@ def _add_scenes(add) -> None:
     parser.add_argument("--train", type=int, default=1000, help="training images")
     parser.add_argument("--val", type=int, default=100, help="validation images")
     parser.add_argument("--size", type=int, default=128, help="pixels per side that are rendered")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the scenes")
     parser.add_argument("--workers", type=int, default=0, help="processes")
 
 

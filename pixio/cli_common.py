@@ -78,8 +78,8 @@ def add_input(parser: argparse.ArgumentParser, fit: str) -> None:
         "--fit",
         default=fit,
         choices=FITS,
-        help="square: size x size, whatever the aspect ratio; resize: longer side = size, both to the nearest "
-        "multiple of the patch size; pad: longer side = size, then padded up to multiples",
+        help="square: size x size, whatever the aspect ratio; resize: longer side = size, then both to the "
+        "nearest multiple of the patch size; pad: longer side = size, then padded to multiples",
     )
 
 

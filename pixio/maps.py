@@ -18,7 +18,8 @@ class Colours(NamedTuple):
     """A joint PCA as pictures.
 
     maps: per image, float32 [3, h, w], 0 to 1: the first three components as red, green and blue.
-    foreground: per image, bool [h, w]; all True where no foreground was asked for.
+    foreground: per image, bool [h, w]; all True where no foreground was asked for. Colours of other patches
+        are extrapolated.
     explained: share of the features' variance in the three components, 0 to 1.
     """
 
@@ -45,12 +46,13 @@ def pca_colours(features: Sequence[Tensor], foreground: bool = False) -> Colours
     inside = torch.ones(len(patches), dtype=torch.bool, device=patches.device)
     if foreground:
         border = torch.cat([_border(h, w) for h, w in grids]).to(patches.device)
-        inside = _foreground(_components(patches, 1)[0][:, 0], border)
-    chosen = patches[inside]
-    scores, explained = _components(chosen, 3)  # [foreground, 3]
-    low, high = scores.quantile(torch.tensor([_CLIPPED, 1 - _CLIPPED], device=scores.device), dim=0)
-    colours = scores.new_zeros(len(patches), 3)
-    colours[inside] = ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+        mean, loadings, _ = _components(patches, 1)
+        inside = _foreground(((patches - mean) @ loadings)[:, 0], border)
+    mean, loadings, explained = _components(patches[inside], 3)
+    scores = (patches - mean) @ loadings  # [M, 3], the background too, so that maps can be interpolated
+    ends = torch.tensor([_CLIPPED, 1 - _CLIPPED], device=scores.device)
+    low, high = scores[inside].quantile(ends, dim=0)
+    colours = ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)  # [M, 3]
     maps = [
         part.T.unflatten(1, grid) for part, grid in zip(colours.split(counts), grids, strict=True)
     ]  # [3, h, w] each
@@ -64,20 +66,20 @@ def similarity(queries: Tensor, features: Tensor) -> Tensor:
     return (F.normalize(queries, dim=1) @ patches).unflatten(1, features.shape[1:])  # [C, h, w]
 
 
-def _components(patches: Tensor, number: int) -> tuple[Tensor, float]:
-    """Scores [M, number] on the first components, and the share of the variance in them.
+def _components(patches: Tensor, number: int) -> tuple[Tensor, Tensor, float]:
+    """Mean [D] and first components [D, number] of patches [M, D], and the share of the variance in them.
 
     A component's sign is arbitrary; here its largest loading is positive, so that pictures can be repeated.
     """
     if len(patches) <= number:
         raise ValueError(f"{len(patches)} patches are too few for {number} components: use a larger --size")
-    centred = patches - patches.mean(0)
-    _, spread, loadings = torch.linalg.svd(centred, full_matrices=False)
-    loadings = loadings[:number]
-    largest = loadings.gather(1, loadings.abs().argmax(1, keepdim=True))  # [number, 1]
+    mean = patches.mean(0)
+    _, spread, components = torch.linalg.svd(patches - mean, full_matrices=False)
+    components = components[:number]
+    largest = components.gather(1, components.abs().argmax(1, keepdim=True))  # [number, 1]
     variance = spread.square()
     explained = variance[:number].sum() / variance.sum().clamp(min=1e-12)
-    return centred @ (loadings * largest.sign()).T, explained.item()
+    return mean, (components * largest.sign()).T, explained.item()
 
 
 def _border(h: int, w: int) -> Tensor:

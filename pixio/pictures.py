@@ -43,7 +43,9 @@ _LOOK = {
     "svg.fonttype": "none",
 }
 _DPI = 200
-_PANEL = 1.7  # inches, width of a panel
+_PAGE = 7.0  # inches, width of a page of two columns
+_PANEL = (0.95, 1.7)  # inches, range of the width of a panel
+_BAR = 0.8  # inches beside the panels for a colour bar and its labels
 _SMOOTHING = 50  # points of a curve that a moving mean covers, at most
 
 
@@ -135,7 +137,7 @@ def save_sweep(
     for masked in steps:
         panels = reconstruct(mae, images, masked / cells, noise)
         drawn = io.BytesIO()
-        title = f"{masked} of {cells} cells masked ({masked / cells:.0%})"
+        title = f"{masked} of {cells} cells masked ({100 * masked / cells:.0f} %)"
         save_sheet({name: panel.cpu() for name, panel in panels.items()}, drawn, names, title=title, dpi=100)
         frames.append(Image.open(drawn).convert("RGB"))
     frames += frames[-2:0:-1]
@@ -211,7 +213,7 @@ def save_pca(
         faded = 255 - FADED * (255 - one.photo.float().mean(0))  # [H, W]
         picture = torch.where(one.draw(inside[None].float(), smooth) > 0.5, picture, faded)  # [3, H, W]
         drawn.append(picture.round().to(torch.uint8))
-    title = f"PCA of the patches\n{colours.explained:.0%} of the variance"
+    title = f"PCA of the patches\n{100 * colours.explained:.0f} % of the variance"
     save_sheet({"image": [one.photo for one in seen], title: drawn}, path, names)
     return colours.explained
 
@@ -229,7 +231,7 @@ def save_tokens(
     """
     maps = [one.draw(similarity(one.cls, one.patches), smooth) for one in seen]
     panels = {"image": [one.photo for one in seen]}
-    panels |= {f"class token {c + 1}": [one[c] for one in maps] for c in range(len(maps[0]))}
+    panels |= {f"token {c + 1}": [one[c] for one in maps] for c in range(len(maps[0]))}
     save_sheet(panels, path, names, scale="cosine similarity")
 
 
@@ -291,8 +293,12 @@ def save_sheet(
     heights = [image.shape[-2] / image.shape[-1] for image in columns[0]]
     maps = [image for column in columns for image in column if image.ndim == 2]
     low, high = (min(m.min().item() for m in maps), max(m.max().item() for m in maps)) if maps else (0, 1)
-    width = _PANEL * len(columns) + (0.7 if maps else 0.1)
-    with _figure(path, width, _PANEL * sum(heights) + 0.45 + 0.25 * bool(title), dpi) as figure:
+    panel = min(max(_PAGE / len(columns), _PANEL[0]), _PANEL[1])
+    width = panel * len(columns) + 0.2 * bool(names) + _BAR * bool(maps)
+    lines = 1 + max(heading.count("\n") for heading in panels)
+    height = panel * sum(heights) + 0.2 * lines + 0.25 * bool(title)
+    with _figure(path, width, height, dpi) as figure:
+        figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
         axes = figure.subplots(len(heights), len(columns), squeeze=False, height_ratios=heights)
         for column, (heading, images) in enumerate(panels.items()):
             axes[0, column].set_title(heading, pad=4)
@@ -306,9 +312,13 @@ def save_sheet(
             axis.set_ylabel(name, fontsize=8)
         for number, (x, y) in enumerate(marks, 1):
             axes[0, 0].plot(x, y, "o", markersize=9, markerfacecolor="white", markeredgecolor="black")
-            axes[0, 0].annotate(f"{number}", (x, y), ha="center", va="center", fontsize=6.5, color="black")
+            axes[0, 0].annotate(
+                f"{number}", (x, y), ha="center", va="center_baseline", fontsize=6.5, color="black"
+            )
         if maps:
-            bar = figure.colorbar(shown, ax=axes, label=scale, fraction=0.05, aspect=14 * sum(heights))
+            bar = figure.colorbar(
+                shown, ax=axes, label=scale, fraction=0.12 / width, pad=0.08 / width, aspect=height / 0.12
+            )
             bar.outline.set_visible(False)
         if title:
             figure.suptitle(title, fontsize=10)
@@ -344,14 +354,8 @@ def save_curves(logs: Sequence[str | Path], path: str | Path | BinaryIO) -> None
             window = min(_SMOOTHING, len(losses) // 10)
             if window > 1:
                 (line,) = loss.plot(steps, losses, linewidth=0.6, alpha=0.3)
-                kernel = np.full(window, 1 / window)
-                loss.plot(
-                    np.convolve(steps, kernel, "valid"),
-                    np.convolve(losses, kernel, "valid"),
-                    linewidth=1.3,
-                    color=line.get_color(),
-                    label=name,
-                )
+                smooth = _moving_mean(steps, window), _moving_mean(losses, window)
+                loss.plot(*smooth, linewidth=1.3, color=line.get_color(), label=name)
             else:
                 loss.plot(steps, losses, linewidth=1.3, label=name)
             lr.plot(steps, rates, linewidth=1.3)
@@ -364,6 +368,13 @@ def save_curves(logs: Sequence[str | Path], path: str | Path | BinaryIO) -> None
             axis.locator_params(axis="x", nbins=5)
         if len(runs) > 1:
             loss.legend(frameon=False)
+
+
+def _moving_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of each `window` neighbours, without those that are NaN."""
+    known, ones = np.isfinite(values), np.ones(window)
+    sums = np.convolve(np.where(known, values, 0), ones, "valid")
+    return sums / np.maximum(np.convolve(known, ones, "valid"), 1)
 
 
 def _log_file(log: Path) -> Path:

@@ -117,7 +117,7 @@ def _reconstructions(run: Path, images: Sequence[str], mask_ratio: float) -> lis
 
     return [
         heading,
-        f"<p class=note>{html.escape(name)}, {mask_ratio:.0%} of the cells masked.{what}</p>",
+        f"<p class=note>{html.escape(name)}, {100 * mask_ratio:g} % of the cells masked.{what}</p>",
         _picture(draw, "reconstructions"),
     ]
 

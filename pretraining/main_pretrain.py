@@ -111,7 +111,7 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
                 "images": images,
                 "config": asdict(config),
             },
-            exports={output / "encoder.pth": "model.encoder."},
+            exports={output / "encoder.pth": encoder_of},
             wait=wait,
         )
 
@@ -171,6 +171,12 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
             log.close()
             raise Stopped
     log.close()
+
+
+def encoder_of(state: dict) -> dict[str, Tensor]:
+    """The encoder of a checkpoint under the released keys."""
+    names = [name for name in state["model"] if name.startswith("encoder.")]
+    return {name.removeprefix("encoder."): state["model"][name] for name in names}
 
 
 def check_same_model(config: PretrainConfig, saved: dict) -> None:

@@ -1,7 +1,7 @@
 """A real SLURM cluster on loopback, for tests: munge, one controller and three nodes (needs root and Linux).
 
 Nodes n1 and n2 are the default partition; n3 belongs to `low` and to `high`, which pushes out jobs of `low`.
-Each node claims 64 cores and 8 GPUs, whatever the machine has, and has its own host name.
+Each node claims 256 cores, 2 TB and 8 GPUs, whatever the machine has, and has its own host name.
 """
 
 import os
@@ -40,7 +40,7 @@ PartitionName=main Nodes=n1,n2 Default=YES
 PartitionName=low Nodes=n3 PriorityTier=1 GraceTime=60
 PartitionName=high Nodes=n3 PriorityTier=2
 """
-NODE = "NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={port} CPUs=64 Gres=gpu:8\n"
+NODE = "NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={port} CPUs=256 RealMemory=2000000 Gres=gpu:8\n"
 
 
 def available() -> bool:

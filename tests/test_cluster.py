@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from local_slurm import LocalSlurm, available
 
+import pixio
 from pixio.data.scene_trees import write_tree
 from pixio.engine.runtime import find_ranks
 
@@ -213,7 +215,7 @@ class Jobs:
 
     def submit(self, name: str, *flags: str, command=None, **env: str) -> None:
         command = command or [sys.executable, self.folder / "submit.py"]
-        flags = [*shlex.split(TINY), *flags, "--job_dir", self.folder / name, "--cpus_per_task", "1"]
+        flags = [*flags, "--job_dir", self.folder / name, "--cpus_per_task", "1"]
         result = subprocess.run(
             [*map(str, command), *map(str, flags)],
             env={**self.env, **env},
@@ -224,6 +226,27 @@ class Jobs:
         )
         assert result.returncode == 0, result.stderr
         self.numbers[name] = re.match(r"job (\d+): log in", result.stdout)[1]
+
+    def evaluate(self, name: str, data: Path) -> None:
+        """k-NN by plain sbatch, on two GPUs of the eight that the script's header asks for."""
+        tasks = [
+            "--ntasks-per-node=2",
+            "--gres=gpu:2",
+            "--cpus-per-task=1",
+            "--output",
+            self.folder / f"{name}.out",
+        ]
+        command = ["sbatch", "--parsable", *tasks, "launch_knn.sh", "pixio_vitpico16", "none"]
+        command += ["--data_path", data, "--output_dir", self.folder / name]
+        command += shlex.split("--input_size 32 --device cpu --num_workers 0 --nb_knn 5")
+        self.numbers[name] = subprocess.run(
+            [*map(str, command)],
+            env=self.env,
+            cwd=ROOT / "evaluation",
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
 
     def wait_for_step(self, name: str, step: int) -> None:
         self.cluster.wait(lambda: len(log_of(self.folder / name)) >= step, f"step {step} of {name}", 100)
@@ -264,11 +287,14 @@ def run_jobs(folder: Path) -> dict[str, dict]:
     """Everything that is tried on the cluster, side by side."""
     write_tree("imagenet-tars", folder / "tars", 24, 0, size=32, per_tar=8)
     write_tree("web-tars", folder / "web", 24, 0, size=32, per_tar=8)
+    write_tree("imagenet-folders", folder / "folders", 24, 8, size=32)
+    torch.save(pixio.pixio_vitpico16(img_size=32).state_dict(), folder / "teacher.pth")
     data = {"IMAGENET_TARS": str(folder / "tars"), "WEB_TARS": f"{folder}/web/tars"}
     data["WEB_STATS"] = f"{folder}/web/stats"
     with LocalSlurm(port=23000 + 10 * (os.getpid() % 100)) as cluster:
         jobs = Jobs(cluster, folder)
-        paced = ["--dataset_type", "imagenet", "--data_path", folder / "tars", "--drop_path", "0.1"]
+        tiny = shlex.split(TINY)
+        paced = [*tiny, "--dataset_type", "imagenet", "--data_path", folder / "tars", "--drop_path", "0.1"]
         paced += ["--epochs", "2", "--iters_per_epoch", STEPS // 2, "--save_steps", "3", "--timeout", "60"]
         spread, together = [*paced, "--nodes", "2", "--ngpus", "1"], [*paced, "--nodes", "1", "--ngpus", "2"]
         jobs.submit("limited", *spread, "--timeout", "1", "--warning", "5", "--save_steps", "0")
@@ -284,12 +310,29 @@ def run_jobs(folder: Path) -> dict[str, dict]:
         jobs.submit("whole", *spread, UNPACED="1")
         jobs.submit("hopeless", *spread, "--data_path", folder / "nothing")
         short = ["--epochs", "1", "--iters_per_epoch", "2", "--timeout", "10"]
+        jobs.evaluate("evaluated", folder / "folders")
+        jobs.evaluate("misled", folder / "nothing")
+        cluster.wait(lambda: cluster.state(jobs.numbers["evaluated"]) == "RUNNING", "the evaluation", 60)
+        cluster.wait((folder / "evaluated.out").exists, "the output of the evaluation", 60)
+        cluster.call("scancel", "--batch", "--signal=USR2", jobs.numbers["evaluated"])
         scripts = ROOT / "pretraining" / "scripts"
         recipe = ["bash", scripts / "pretrain_pixio_vith16_imagenet.sh"]
-        jobs.submit("imagenet", *short, "--nodes", "2", "--ngpus", "2", command=recipe, **data)
+        jobs.submit("imagenet", *tiny, *short, "--nodes", "2", "--ngpus", "2", command=recipe, **data)
         recipe = ["bash", scripts / "pretrain_pixio_vit5b16_webdata.sh"]
         web = ["--nodes", "1", "--ngpus", "1", "--hist_thresh", "0.1", "--imgres_thresh", "32"]
-        jobs.submit("webdata", *short, *web, command=recipe, **data)
+        jobs.submit("webdata", *tiny, *short, *web, command=recipe, **data)
+        script = "distill_pixio_vit5b16_to_vit1b16+vith16_imagenet.sh"
+        recipe = ["bash", ROOT / "distillation" / "scripts" / script]
+        teacher = [
+            "--teacher_model",
+            "pixio_vitpico16",
+            "--student_models",
+            "pixio_vitpico16",
+            "pixio_vitti16",
+        ]
+        shared = [word for word in tiny if word not in ("--model", MODEL)]
+        flags = [*shared, *short, *teacher, "--nodes", "2", "--ngpus", "2"]
+        jobs.submit("distilled", *flags, command=recipe, TEACHER=str(folder / "teacher.pth"), **data)
         return jobs.finish()
 
 
@@ -318,13 +361,13 @@ def said(folder: Path, job: dict) -> str:
     return "\n".join(path.read_text() for path in sorted(folder.glob(f"{job['number']}_*_log.*")))
 
 
-@pytest.mark.parametrize("name", ["imagenet", "webdata"])
+@pytest.mark.parametrize("name", ["imagenet", "webdata", "distilled"])
 def test_published_scripts_run_to_the_end(jobs, name):
     folder, found = jobs
     assert found[name]["state"] == "COMPLETED", said(folder / name, found[name])
-    ranks = {"imagenet": 4, "webdata": 1}[name]
+    ranks = {"imagenet": 4, "webdata": 1, "distilled": 4}[name]
     assert [row["images"] for row in log_of(folder / name)] == [2 * ranks, 4 * ranks]
-    assert (folder / name / "encoder.pth").is_file()
+    assert list((folder / name).glob("encoder*.pth"))
 
 
 @pytest.mark.parametrize("name", ["preempted", "limited", "requeued", "killed"])
@@ -350,3 +393,16 @@ def test_a_job_that_fails_without_progress_is_not_tried_again(jobs):
     folder, found = jobs
     assert (found["hopeless"]["state"], found["hopeless"]["restarts"]) == ("FAILED", 0)
     assert "nothing" in said(folder / "hopeless", found["hopeless"])
+
+
+def test_a_warned_evaluation_is_queued_again_and_runs_to_the_end(jobs):
+    folder, found = jobs
+    text = (folder / "evaluated.out").read_text()
+    assert found["evaluated"]["state"] == "COMPLETED", text
+    assert found["evaluated"]["restarts"] == 1, text
+
+
+def test_a_failing_task_fails_the_job(jobs):
+    folder, found = jobs
+    assert found["misled"]["state"] == "FAILED"
+    assert "nothing" in (folder / "misled.out").read_text()

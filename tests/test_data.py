@@ -3,8 +3,15 @@
 import io
 import json
 import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 from collections import Counter
+from functools import partial
 from itertools import chain, islice, pairwise
 from pathlib import Path
 
@@ -28,6 +35,7 @@ from pixio.data import (
     decode_crop,
     denormalise,
     find_shards,
+    jpeg,
     normalise,
     open_stream,
     random_resized_crop,
@@ -252,6 +260,22 @@ def test_resumed_crops_equal_uninterrupted_crops(tmp_path):
     take(interrupted, 4)
     resumed = [batch["images"] for batch in islice(Loader(stream, state=[interrupted.state_dict()]), 2)]
     assert torch.equal(torch.stack(resumed), torch.stack(whole[4:]))
+
+
+@settings(max_examples=10, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 99))
+def test_any_chain_of_interruptions_leaves_the_sequence_unchanged(data, seed, tmp_path_factory):
+    root = tmp_path_factory.getbasetemp() / "chain"
+    if not root.exists():
+        write_tars(root, [9, 14, 1, 11])
+    stream = stream_of(root, 3, shuffle_shards=2, seed=seed)  # batches and buffers end at different places
+    whole = take(Loader(stream), 24)
+    loader, done = Loader(stream), 0
+    while done < 24:
+        count = data.draw(st.integers(1, 12))
+        assert take(loader, count)[: 24 - done] == whole[done : done + count]
+        done += count
+        loader = Loader(stream, state=[loader.state_dict()])
 
 
 def test_loader_goes_on_when_iterated_again(tmp_path):
@@ -630,6 +654,84 @@ def test_error_in_a_worker_process_reaches_the_loop(tmp_path):
         take(Loader(stream_of(tmp_path, 1), num_workers=2), 1)
 
 
+def test_damaged_set_is_read_to_the_end_and_everything_damaged_is_named(tmp_path):
+    """Of 50 tars 5 are truncated, 1 is empty, 1 is no tar; 5 % of the images elsewhere are damaged."""
+    write_tars(tmp_path, [20] * 50)
+    broken = {7: "empty", 8: "not a tar"} | dict.fromkeys((3, 13, 23, 33, 43), "truncated")
+    for i in range(50):
+        path = tmp_path / f"set-train-{i:03d}.tar"
+        if i in broken:
+            damage(path, broken[i])
+            continue
+        members = {f"{n:05d}.png": png(n) for n in range(20 * i, 20 * i + 20)}
+        members[f"{20 * i + i % 20:05d}.png"] = png(0)[:40]
+        write_tar(path, members)
+    loader = Loader(stream_of(tmp_path, 43 * 19), num_workers=2)
+    passes = [image for batch in take(loader, 4) for image in batch]
+    assert max(Counter(passes).values()) <= 5  # a reader may be one pass ahead
+    expected = {f"set-train-{i:03d}.tar" for i in broken}
+    expected |= {f"{20 * i + i % 20:05d}.png" for i in range(50) if i not in broken}
+    assert {name for error in loader.errors for name in expected if name in error} == expected
+    assert len(loader.errors) == len(expected)
+
+
+def test_dead_worker_is_reported_with_shard_and_member(tmp_path, monkeypatch):
+    write_tars(tmp_path, [12, 12])
+    victim = png(17)
+
+    def read(data, *args, **options):
+        if data == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return decode_crop(data, *args, **options)
+
+    monkeypatch.setattr(streams_module, "decode_crop", read)
+    with pytest.raises(
+        DataError, match=r"worker process died while it read set-train-001\.tar: '00017\.png'"
+    ):
+        take(Loader(stream_of(tmp_path), num_workers=2), 100)
+
+
+def test_no_process_is_left_when_the_reader_stops(tmp_path):
+    write_tars(tmp_path, [12, 12])
+    before = set(multiprocessing.active_children())
+    batches = iter(Loader(stream_of(tmp_path), num_workers=2))
+    next(batches)
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    batches.close()
+    assert set(multiprocessing.active_children()) == before
+
+
+def test_no_process_is_left_when_the_reader_is_killed(tmp_path):
+    write_tars(tmp_path, [12, 12])
+    code = f"""
+import multiprocessing, time
+from pixio.data import Loader, open_stream
+batches = iter(Loader(open_stream("imagenet", {str(tmp_path)!r}, size=4, batch_size=4), num_workers=2))
+next(batches)
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+time.sleep(600)
+"""
+    reader = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    workers = [int(pid) for pid in reader.stdout.readline().split()]
+    reader.kill()
+    reader.wait()
+    reader.stdout.close()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 60
+    while any(is_running(pid) for pid in workers):
+        assert time.monotonic() < deadline, f"{workers} outlive the process that they read for"
+        time.sleep(0.2)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")  # a container without an init process keeps its orphans as zombies
+    return not (stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] == "Z")
+
+
 def test_unreadable_file_of_a_folder_is_counted(tmp_path):
     for i in range(6):
         (tmp_path / f"{i}.png").write_bytes(png(i))
@@ -729,6 +831,135 @@ def test_every_colour_mode_becomes_rgb():
         np.testing.assert_allclose(np.asarray(image)[1, 1], colour, atol=3)
 
 
+def photographs() -> dict[str, Image.Image]:
+    data = pytest.importorskip("skimage.data")
+    names = ("astronaut", "camera", "chelsea", "coffee", "rocket")
+    return {name: Image.fromarray(getattr(data, name)()).convert("RGB") for name in names}
+
+
+def both_ways(data: bytes, size: int, seed: int) -> list[torch.Tensor]:
+    """A random crop as decoded by default and by reference."""
+    ways = []
+    for exact in (False, True):
+        choose = partial(crop_box, np.random.default_rng(seed), scale=(0.2, 1.0))
+        ways.append(decode_crop(data, size, choose, exact).int())
+    return ways
+
+
+@pytest.mark.parametrize("size", [32, 64, 128, 256])
+@pytest.mark.parametrize("options", [{"quality": 75}, {"quality": 95}, {"quality": 85, "progressive": True}])
+def test_fast_crops_of_photographs_are_within_two_levels_of_exact_ones(size, options):
+    for name, image in photographs().items():
+        data = encoded(image, "jpeg", **options)
+        for seed in range(4):
+            fast, exact = both_ways(data, size, seed)
+            assert (fast - exact).abs().float().mean() <= 2, (name, seed)
+
+
+@pytest.mark.parametrize("format", ["png", "webp"])
+def test_fast_crops_of_other_formats_are_resized_alike(format):
+    data = encoded(photographs()["coffee"], format)
+    for size in (16, 64, 256):
+        fast, exact = both_ways(data, size, seed=0)
+        assert (fast - exact).abs().float().mean() < 0.5
+
+
+def test_exact_crop_equals_torchvisions_of_the_whole_image():
+    data = encoded(noise(90, 70), "jpeg", quality=95)
+    left, top, width, height = crop_box(np.random.default_rng(5), 90, 70, (0.2, 1.0))
+    whole = Image.open(io.BytesIO(data))
+    expected = tvf.resized_crop(whole, top, left, height, width, [32, 32], InterpolationMode.BICUBIC)
+    assert torch.equal(both_ways(data, 32, seed=5)[1], tvf.pil_to_tensor(expected).int())
+
+
+@pytest.mark.parametrize("backend", ["simplejpeg", "Pillow"])
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"subsampling": 1}, {"restart_marker_rows": 1}]
+)
+def test_rows_above_the_bottom_are_those_of_the_whole_image(monkeypatch, backend, options):
+    if backend == "Pillow":
+        monkeypatch.setattr(jpeg, "simplejpeg", None)
+    grey = noise(20, 15).convert("L").convert("RGB").resize((301, 227))  # no chroma to interpolate
+    data = encoded(grey, "jpeg", quality=85, **options)
+    frame = jpeg.read_frame(data)
+    assert (frame.width, frame.height, frame.baseline) == (301, 227, "progressive" not in options)
+    whole = np.asarray(Image.open(io.BytesIO(data))).astype(int)
+    rows = jpeg.decode_rows(data, frame, 101, 1)
+    assert rows.shape == ((128 if frame.baseline else 227), 301, 3)
+    np.testing.assert_allclose(rows[:101], whole[:101], atol=1)
+    assert jpeg.decode_rows(data, frame, 101, 4).shape == ((32 if frame.baseline else 57), 76, 3)
+
+
+def test_without_simplejpeg_pillow_steps_in_with_a_note(tmp_path, monkeypatch):
+    write_tars(tmp_path, [2])
+    monkeypatch.setattr(jpeg, "simplejpeg", None)
+    with pytest.warns(UserWarning, match="pip install simplejpeg"):
+        stream_of(tmp_path)
+    fast, exact = both_ways(encoded(photographs()["rocket"], "jpeg"), 64, seed=1)
+    assert (fast - exact).abs().float().mean() <= 2
+
+
+def test_stream_decodes_exactly_when_asked(tmp_path):
+    write_tar(tmp_path / "a-train-0.tar", {"0.jpg": encoded(photographs()["coffee"], "jpeg", quality=60)})
+    fast, exact = (
+        next(iter(Loader(open_stream("imagenet", str(tmp_path), size=64, batch_size=1, decode=way))))[
+            "images"
+        ]
+        for way in ("fast", "exact")
+    )
+    assert not torch.equal(fast, exact)
+    assert (fast.int() - exact.int()).abs().float().mean() <= 2
+
+
+@pytest.mark.parametrize("format", ["jpeg", "png", "webp"])
+def test_images_are_turned_upright(format):
+    upright = Image.new("RGB", (32, 16), "red")
+    upright.paste("blue", (16, 0, 32, 16))
+    turns = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90}
+    for tag, turn in turns.items():
+        exif = Image.Exif()
+        exif[0x0112] = tag
+        data = encoded(upright.transpose(turn), format, exif=exif)
+        assert transforms.read_size(data) == (32, 16)
+        pixels = np.asarray(decode(data))
+        np.testing.assert_allclose(pixels[8, [4, 28]], [(255, 0, 0), (0, 0, 255)], atol=8)
+        crop = decode_crop(data, 8, lambda width, height: (0, 0, width // 2, height))
+        assert crop[0].min() > 200 > 60 > crop[2].max()
+
+
+def test_unreadable_metadata_costs_no_image():
+    data = encoded(Image.new("RGB", (32, 16), "red"), "jpeg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    assert decode(data).size == (32, 16)
+    assert decode_crop(data, 8, lambda width, height: (0, 0, width, height)).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("format", ["png", "webp"])
+def test_animations_give_their_first_frame(format):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    data = encoded(frames[0], format, save_all=True, append_images=frames[1:])
+    assert np.asarray(decode(data))[3, 3].tolist() == pytest.approx([255, 0, 0], abs=8)
+
+
+def test_jpeg_cut_off_below_the_crop_is_damaged():
+    whole = encoded(photographs()["coffee"], "jpeg")
+    for end in (len(whole) // 2, len(whole) - 2):
+        with pytest.raises(DamagedDataError):
+            decode_crop(whole[:end], 32, lambda width, height: (0, 0, 64, 64))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 10**6), st.binary(min_size=1, max_size=40))
+def test_no_bytes_make_decoding_fail_otherwise(at, patch):
+    data = bytearray(encoded(noise(40, 30), "jpeg"))
+    at %= len(data)
+    data[at : at + len(patch)] = patch
+    try:
+        crop = decode_crop(bytes(data), 8, lambda width, height: (0, 0, width, height))
+    except DamagedDataError:
+        return
+    assert crop.shape == (3, 8, 8)
+
+
 def test_damaged_bytes_raise_one_error():
     whole = encoded(noise(64, 64), "jpeg")
     for data in (b"", b"GIF89a", whole[: len(whole) // 2], png(3)[:50], encoded(noise(8, 8), "bmp")):
@@ -739,5 +970,8 @@ def test_damaged_bytes_raise_one_error():
 def test_too_many_pixels_are_refused_from_the_header(monkeypatch):
     monkeypatch.setattr(transforms, "MAX_PIXELS", 99)
     monkeypatch.setattr(transforms, "_to_rgb", lambda image: pytest.fail("decoded"))
-    with pytest.raises(DamagedDataError, match=r"10 x 10 is above 99 pixels"):
-        decode(encoded(noise(10, 10), "jpeg"))
+    monkeypatch.setattr(jpeg, "decode_rows", lambda *args: pytest.fail("decoded"))
+    data = encoded(noise(10, 10), "jpeg")
+    for read in (decode, transforms.read_size, lambda data: decode_crop(data, 4, lambda w, h: (0, 0, w, h))):
+        with pytest.raises(DamagedDataError, match=r"10 x 10 is above 99 pixels"):
+            read(data)

@@ -124,7 +124,7 @@ def test_a_saved_head_gives_its_figures_again_whatever_the_window_batch(segmente
 
 
 def test_depth_is_evaluated_on_png_and_npy_with_a_dpt_head(trees, tmp_path):
-    results = eval_monodepth.main(depth(trees, tmp_path, "--head", "dpt", "--epochs", "1", "--lr", "1e-4"))
+    results = eval_monodepth.main(depth(trees, tmp_path, "--head", "dpt", "--epochs", "1", "--panels", "1"))
     assert results["blocks"] == [0, 2, 3, 5]
     assert 0 < results["last"]["rmse"] < 10
     assert results["evaluations"][0]["images"] == 3

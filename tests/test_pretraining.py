@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 
 import pixio
 from pixio.data.scene_trees import write_tree
+from pixio.engine import signals
 from pixio.engine.optim import make_adamw
 from pixio.engine.runtime import start_runtime
 from pixio.engine.step import accumulate
@@ -117,6 +119,30 @@ def test_resumed_run_equals_uninterrupted_run(trees, tmp_path, monkeypatch, kind
     assert checkpoint_of(tmp_path / "killed")["step"] == 4
     run(*flags, "--output_dir", tmp_path / "killed")
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_its_step_and_the_same_command_goes_on(
+    trees, tmp_path, monkeypatch, number
+):
+    flags = [*trees["imagenet"], "--save_steps", "0"]
+    run(*flags, "--output_dir", tmp_path / "whole")
+    steps = iter(range(3))
+
+    def accumulate_signalled(*args):
+        if next(steps) == 2:
+            os.kill(os.getpid(), number)
+        return accumulate(*args)
+
+    monkeypatch.setattr(signals, "_received", set())
+    monkeypatch.setattr(main_pretrain, "accumulate", accumulate_signalled)
+    with pytest.raises(SystemExit) as stopped:
+        run(*flags, "--output_dir", tmp_path / "stopped")
+    monkeypatch.undo()
+    assert stopped.value.code == signals.STOPPED
+    assert checkpoint_of(tmp_path / "stopped")["step"] == 3
+    run(*flags, "--output_dir", tmp_path / "stopped")
+    assert_equal_runs(tmp_path / "whole", tmp_path / "stopped")
 
 
 def test_a_finished_run_says_so_and_changes_nothing(trees, tmp_path, capsys):

@@ -70,7 +70,7 @@ def decode_rows(data: bytes, frame: Frame, bottom: int, reduction: int) -> np.nd
         data = data[: frame.at + 5] + rows.to_bytes(2, "big") + data[frame.at + 7 :]
     height, width = (-(-side // reduction) for side in (rows if shortened else frame.height, frame.width))
     if simplejpeg is None:
-        return _decode_with_pillow(data, height, width)
+        return _decode_with_pillow(data, height, width, reduction)
     pixels = np.empty((height, width, 3), np.uint8)
     try:
         found = simplejpeg.decode_jpeg_header(data, height, width)
@@ -87,10 +87,10 @@ def decode_rows(data: bytes, frame: Frame, bottom: int, reduction: int) -> np.nd
     return pixels
 
 
-def _decode_with_pillow(data: bytes, height: int, width: int) -> np.ndarray | None:
+def _decode_with_pillow(data: bytes, height: int, width: int, reduction: int) -> np.ndarray | None:
     try:
         image = Image.open(io.BytesIO(data), formats=("JPEG",))
-        image.draft("RGB", (width, height))
+        image.draft("RGB", (image.width // reduction, image.height // reduction))
         pixels = np.array(image.convert("RGB"))
     except Exception:  # Pillow's decoders raise almost anything on damaged bytes
         return None

@@ -553,7 +553,12 @@ class Loader:
 
     @property
     def errors(self) -> list[str]:
+        """See above; nothing is named twice."""
         return list(self._errors)
+
+    def report(self) -> dict[str, Any]:
+        """What this rank met since the loader was made, `counts` and `errors`, as plain values."""
+        return {"counts": dict(self.counts), "errors": self.errors}
 
     def state_dict(self) -> dict[str, Any]:
         """Where this rank stands after the last batch taken, in plain values; rank 0 adds what all share."""

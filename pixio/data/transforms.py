@@ -146,9 +146,11 @@ def _orientation(exif: bytes | None) -> int:
     if not exif:
         return 1
     try:
-        tags = Image.Exif()
-        tags.load(exif)
-        return int(tags.get(_EXIF_ORIENTATION, 1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tags = Image.Exif()
+            tags.load(exif)
+            return int(tags.get(_EXIF_ORIENTATION, 1))
     except Exception:  # as hostile as the pixels, but worth no image
         return 1
 

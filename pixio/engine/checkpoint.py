@@ -14,7 +14,7 @@ import shutil
 import time
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -120,7 +120,7 @@ class Checkpoints:
         self,
         step: int,
         state: Mapping[str, Any],
-        exports: Mapping[str | os.PathLike, str] | None = None,
+        exports: Mapping[str | os.PathLike, Callable[[dict[str, Any]], Any]] | None = None,
         wait: bool = True,
     ) -> Path:
         """Write `state` and `{"step": step}`, point to it, then remove what need not be kept.
@@ -128,8 +128,8 @@ class Checkpoints:
         Args:
             step: optimiser steps taken so far.
             state: tensors (shards too), numbers, text, and dictionaries, lists and tuples of them.
-            exports: further files to make, each of the tensors of `state` whose names, such as
-                "model.encoder.norm.weight", begin with a prefix, under the rest of their names.
+            exports: further files to make when the checkpoint is complete; each function is called on rank 0
+                with `state`, all tensors whole and on the host, and returns what is written.
             wait: return when all is on the disk; else when a copy of `state` is made, which may then change.
 
         Returns:
@@ -163,7 +163,11 @@ class Checkpoints:
                 raise OSError(failure)
 
     def _finish(
-        self, path: Path, state: dict[str, Any], size: int, exports: Mapping[str | os.PathLike, str]
+        self,
+        path: Path,
+        state: dict[str, Any],
+        size: int,
+        exports: Mapping[str | os.PathLike, Callable[[dict[str, Any]], Any]],
     ) -> str | None:
         """Put shards together on rank 0 and write all; returns what went wrong."""
         state = _map(state, _Part, partial(_assemble, runtime=self.runtime))
@@ -171,10 +175,8 @@ class Checkpoints:
             return None
         try:
             self._write(path, state, size)
-            named = dict(_named_tensors(state))
-            for file, prefix in exports.items():
-                part = {name.removeprefix(prefix): named[name] for name in named if name.startswith(prefix)}
-                write_atomic(file, partial(torch.save, part))
+            for file, part_of in exports.items():
+                write_atomic(file, partial(torch.save, part_of(state)))
         except (OSError, RuntimeError) as error:
             reason = error
             while reason.__context__:  # what torch met first, when it fails again in closing the file
@@ -301,15 +303,6 @@ def _map(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_map(part, kind, function) for part in value)
     return value
-
-
-def _named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor inside dictionaries of dictionaries, by its path."""
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            yield from _named_tensors(part, f"{name}.{key}" if name else str(key))
 
 
 class _Part(NamedTuple):

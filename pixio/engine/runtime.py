@@ -100,16 +100,19 @@ class Runtime:
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if self.mesh is not None:
             return shard(model, self.mesh, self.dtype, self._start_from_rank_0)
+        if self.world_size == 1:
+            return model.to(self.device)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            return self._start_from_rank_0(model)
         model = model.to(self.device)
-        if self.world_size == 1 or not any(parameter.requires_grad for parameter in model.parameters()):
-            return model
         device_ids = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
-    def _start_from_rank_0(self, unit: nn.Module) -> None:
+    def _start_from_rank_0(self, unit: nn.Module) -> nn.Module:
         for tensor in (*unit.to(self.device).parameters(), *unit.buffers()):
             if not isinstance(tensor, DTensor):  # of a block that is sharded already
                 dist.broadcast(tensor.detach(), src=0)
+        return unit
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         """The model itself, without what `wrap` and `torch.compile` put around it."""
