@@ -36,33 +36,88 @@ PRETRAIN = f"""
     --batch_size 64 --lr 4e-3 --epochs 20 --iters_per_epoch 100 --warmup_epochs 2
     --log_freq 20 --save_steps 500 --save_minutes 1 --save_freq 0
 """
+DISTILL = f"""
+    distillation/main_distill.py --output_dir {OUT}/distill
+    --teacher_model pixio_vitpico16 --teacher_pretrained {OUT}/pretrain/encoder.pth --student_models
+    pixio_vitfemto16 --dataset_type imagenet --data_path {OUT}/tars --crop_scale_min 0.4 --num_workers 1
+    --input_size {SIZE} --batch_size 64 --lr 4e-3 --epochs 4 --iters_per_epoch 100 --warmup_epochs 1
+    --log_freq 20 --save_steps 0 --save_minutes 1 --save_freq 0
+"""
+EVALUATIONS = {  # name -> (program, the metric shown, its flags)
+    "k-NN": ("eval_knn", "top1", f"--data_path {OUT}/folders --input_size {SIZE} --nb_knn 10"),
+    "depth": (
+        "eval_monodepth",
+        "d1",
+        f"--config evaluation/monodepth/configs/nyuv2_linear.yaml --data_root {OUT}/nyuv2",
+    ),
+    "segmentation": (
+        "eval_semseg",
+        "miou",
+        f"--config evaluation/semseg/configs/ade20k_linear.yaml --data_root {OUT}/ade20k",
+    ),
+}
+DENSE = f"--crop_size {SIZE} --epochs 3 --eval_freq 3 --batch_size 4 --batches_per_step 1 --lr 1e-3"
 
 
 def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
+    encoder, student = f"{OUT}/pretrain/encoder.pth", f"{OUT}/distill/encoder_pixio_vitfemto16.pth"
 
-    step("1. Render scenes into ImageNet-style tars")
-    run(f"-m pixio scenes imagenet-tars {OUT}/tars --train 4000 --val 8 --size {SIZE} --workers 2")
+    step("1. Render scenes: into ImageNet-style tars, and into the layouts of the evaluation's data sets")
+    for layout, folder, train, val in (
+        ("imagenet-tars", "tars", 4000, 0),
+        ("imagenet-folders", "folders", 400, 200),
+        ("nyuv2", "nyuv2", 160, 16),
+        ("ade20k", "ade20k", 160, 40),
+    ):
+        sizes = f"--train {train} --val {val} --size {SIZE} --seed {int(layout != 'imagenet-tars')}"
+        run(f"-m pixio scenes {layout} {OUT}/{folder} {sizes} --workers 2")
 
-    step("2. Pre-train a small Pixio on them")
+    step("2. Pre-train a small Pixio")
     run(PRETRAIN)
 
     step("3. Look at the run and at what it reconstructs")
-    photos = write_photos(8)
+    photos = write_photos(6)
     checkpoint = OUT / "pretrain/checkpoints" / (OUT / "pretrain/checkpoints/latest").read_text().strip()
     run(f"-m pixio curves {OUT}/pretrain --output {OUT}/loss.png")
-    run(f"-m pixio reconstruct {photos} --checkpoint {checkpoint} --output {OUT}/reconstruction.png")
+    flags = f"--checkpoint {checkpoint} --mask_ratio 0.625 --output {OUT}/reconstruction.png"
+    run(f"-m pixio reconstruct {photos} {flags}")
 
     step("4. Extract features")
-    encoder = f"{OUT}/pretrain/encoder.pth"
     run(f"-m pixio features {photos} --pretrained {encoder} --size {SIZE} --output {OUT}/features.npz")
 
-    step("5. Measure what the encoder knows about scenes it has never seen")
-    rows = measure(encoder)
-    table = markdown(rows)
-    write_atomic(OUT / "table.json", lambda file: file.write(json.dumps(rows, indent=2).encode()))
-    write_atomic(OUT / "table.md", lambda file: file.write(table.encode()))
-    print(f"\n{table}\nAll of it lies in {OUT}: loss.png, reconstruction.png, features.npz, table.md")
+    step("5. Distil it into a smaller one")
+    run(DISTILL)
+
+    step("6. Evaluate with the published protocol: k-NN, linear depth, linear segmentation")
+    encoders = {
+        "random encoder": "pixio_vitpico16 --pretrained_ckp none",
+        "pre-trained encoder": f"pixio_vitpico16 --pretrained_ckp {encoder}",
+        "distilled student": f"pixio_vitfemto16 --pretrained_ckp {student}",
+    }
+    protocol = [{"features": name, **evaluate(name, flags)} for name, flags in encoders.items()]
+
+    step("7. Probe single patch tokens on scenes the encoder has never seen")
+    probes = measure(encoder, student)
+
+    tables = f"{markdown(probes)}\n{markdown(protocol)}"
+    results = {"probes": probes, "protocol": protocol}
+    write_atomic(OUT / "tables.json", lambda file: file.write(json.dumps(results, indent=2).encode()))
+    write_atomic(OUT / "tables.md", lambda file: file.write(tables.encode()))
+    print(f"\n{tables}\nIn {OUT}: loss.png, reconstruction.png, features.npz, tables.md, evaluation/*/*.png")
+
+
+def evaluate(name: str, encoder: str) -> dict[str, float]:
+    """The last figures of the three evaluation programs for an encoder, given as its flags."""
+    row = {}
+    for task, (program, metric, flags) in EVALUATIONS.items():
+        output = OUT / "evaluation" / f"{name.replace(' ', '_')}_{task}"
+        dense = "" if program == "eval_knn" else DENSE
+        dense += f" --num_workers 1 --output_dir {output}"
+        run(f"evaluation/{program}.py --encoder {encoder} {flags} {dense}")
+        results = json.loads((output / "results.json").read_text())
+        row[f"{task} {metric}"] = (results["last"] if "last" in results else results["k"]["10"])[metric]
+    return row
 
 
 def step(title: str) -> None:
@@ -93,13 +148,17 @@ def write_photos(count: int) -> str:
 # B scenes, N patches of a scene, D features, K classes
 
 
-def measure(encoder_file: str) -> list[dict]:
-    """Probe raw pixels, the encoder at a random start and the pre-trained encoder, all in the same way."""
+def measure(encoder_file: str, student_file: str) -> list[dict]:
+    """Probe raw pixels, an encoder at its random start, the pre-trained and the distilled one, all alike."""
     train, test = load(PROBE_TRAIN), load(PROBE_TEST)
     torch.manual_seed(0)
     random = pixio.pixio_vitpico16(img_size=SIZE)
-    trained = pixio.pixio_vitpico16(encoder_file, img_size=SIZE)
-    views = {"raw pixels": raw_features, "random encoder": random, "pre-trained encoder": trained}
+    views = {
+        "raw pixels": raw_features,
+        "random encoder": random,
+        "pre-trained encoder": pixio.from_pretrained(encoder_file),
+        "distilled student": pixio.from_pretrained(student_file),
+    }
     return [{"features": name, **probe(view, train, test)} for name, view in views.items()]
 
 
@@ -130,7 +189,7 @@ def encoder_features(encoder: pixio.PixioViT, images: Tensor) -> tuple[Tensor, T
 
 
 def probe(view, train: dict[str, Tensor], test: dict[str, Tensor]) -> dict[str, float]:
-    """Closed-form ridge regressions on single patch tokens, and weighted k-NN on whole images."""
+    """Ridge regressions on single patch tokens, and k-NN on whole images; all but R2 in per cent."""
     extract = view if view is raw_features else lambda images: encoder_features(view, images)
     (tokens, image), (test_tokens, test_image) = extract(train["images"]), extract(test["images"])
     targets = torch.cat(
@@ -138,10 +197,10 @@ def probe(view, train: dict[str, Tensor], test: dict[str, Tensor]) -> dict[str, 
     )
     predicted = ridge(tokens.flatten(0, 1), targets.flatten(0, 1), test_tokens.flatten(0, 1))  # [B*N, K + 1]
     return {
-        "mIoU": mean_iou(predicted[:, :-1].argmax(dim=1), test["classes"].flatten()),
+        "mIoU": 100 * mean_iou(predicted[:, :-1].argmax(dim=1), test["classes"].flatten()),
         "depth R2": r2(predicted[:, -1], test["log_depth"].flatten()),
-        "depth d1": within(predicted[:, -1], test["log_depth"].flatten(), ratio=1.25),
-        "k-NN top-1": knn(image, train["labels"], test_image, test["labels"]),
+        "depth d1": 100 * within(predicted[:, -1], test["log_depth"].flatten(), ratio=1.25),
+        "k-NN top-1": 100 * knn(image, train["labels"], test_image, test["labels"]),
     }
 
 
@@ -179,11 +238,11 @@ def knn(bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, k: int = 1
 
 
 def markdown(rows: list[dict]) -> str:
-    """The rows as a Markdown table; shares in per cent."""
+    """The rows as a Markdown table."""
     names = list(rows[0])
     lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
     for row in rows:
-        cells = [f"{row[n]:.3f}" if n == "depth R2" else f"{100 * row[n]:.1f}" for n in names[1:]]
+        cells = [f"{row[n]:.3f}" if n == "depth R2" else f"{row[n]:.1f}" for n in names[1:]]
         lines.append(f"| {row['features']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -5,6 +5,7 @@ from pixio import (  # noqa: F401
     pixio_vit1b16,
     pixio_vit5b16,
     pixio_vitb16,
+    pixio_vitfemto16,
     pixio_vith16,
     pixio_vitl16,
     pixio_vitpico16,

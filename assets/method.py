@@ -23,13 +23,13 @@ INK, QUIET, CHANGED = "#22303c", "#a3afb9", "#c8324a"
 ENCODER, DECODER = "#2e6f95", "#e09f3e"
 HIDDEN = 224  # grey of a masked pixel
 RENDERED = 448  # pixels of a scene: 14 x 14 and 16 x 16 patches both divide it
-SCENES = (12, 5, 21, 33)  # seeds; the first one is masked
+SCENES = (28, 23, 16, 4)  # seeds; the first one is masked
 MASK_SEED = 3
 SIDE = 1.9  # of an image; lengths are in inches
 PITCH = 0.075  # from block to block
 # left edges of the columns
 DATA, MASK, TOKENS, ENCODE, DECODE, PIXELS = 0.45, 3.45, 6.2, 7.4, 10.2, 13.0
-WIDTH, ROW = 15.1, 3.0
+WIDTH, ROW = 15.25, 3.0
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from pixio import cli_pictures
-from pixio.cli_common import Choices, add_encoder, add_input, load_encoder, make_transform
+from pixio.cli_common import Choices, add_encoder, add_input, load_encoder, make_transform, positive
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -143,8 +143,8 @@ def _add_features(add) -> None:
         choices=Choices("pixio.features", "FORMATS"),
         help="of a folder: %(choices)s",
     )
-    parser.add_argument("--per_file", type=int, default=256, help="images per file of a folder")
-    parser.add_argument("--batch_size", type=int, default=32, help="images of one size")
+    parser.add_argument("--per_file", type=positive, default=256, help="images per file of a folder")
+    parser.add_argument("--batch_size", type=positive, default=32, help="images of one size")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")
 
 
@@ -184,7 +184,7 @@ def features(
     one_file = output.suffix in (".npz", ".safetensors")
     if output.suffix and not one_file:
         raise ValueError(f"--output {output}: end it in .npz or .safetensors, or name a folder without a dot")
-    shards = find_images(images)
+    shards = find_images(images, per_file)
     runtime = start_runtime(device, dtype)
     try:
         if one_file and runtime.world_size > 1:

@@ -37,6 +37,13 @@ def new_file(*suffixes: str) -> Callable[[str], Path]:
     return check
 
 
+def positive(text: str) -> int:
+    """The argparse type of a whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
+    return int(text)
+
+
 def add_encoder(parser: argparse.ArgumentParser) -> None:
     """Flags of `load_encoder`, and the device."""
     parser.add_argument(
@@ -72,7 +79,9 @@ def load_encoder(model: str | None, pretrained: str | None, num_heads: int | Non
 def add_input(parser: argparse.ArgumentParser, fit: str) -> None:
     """Flags of `make_transform`."""
     parser.add_argument(
-        "--size", type=int, help="pixels of the encoder's input, see --fit; its native size when left out"
+        "--size",
+        type=positive,
+        help="pixels of the encoder's input, see --fit; its native size when left out",
     )
     parser.add_argument(
         "--fit",

@@ -4,7 +4,15 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pixio.cli_common import PICTURES, add_encoder, add_input, load_encoder, make_transform, new_file
+from pixio.cli_common import (
+    PICTURES,
+    add_encoder,
+    add_input,
+    load_encoder,
+    make_transform,
+    new_file,
+    positive,
+)
 
 if TYPE_CHECKING:
     from pixio.pictures import Seen
@@ -108,11 +116,13 @@ def _add_reconstruct(add) -> None:
         help="picture to write; with --sweep a .gif, or an animated .png",
     )
     parser.add_argument("--mask_ratio", type=float, default=0.75, help="share of masked cells")
-    parser.add_argument("--mask_grid", type=int, help="cell side in patches; as in training when left out")
+    parser.add_argument(
+        "--mask_grid", type=positive, help="cell side in patches; as in training when left out"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the masks")
-    parser.add_argument("--draws", type=int, default=1, help="different masks for each image")
+    parser.add_argument("--draws", type=positive, default=1, help="different masks for each image")
     parser.add_argument("--sweep", action="store_true", help="animate from nothing to almost all masked")
-    parser.add_argument("--size", type=int, help="pixels per side; as in training when left out")
+    parser.add_argument("--size", type=positive, help="pixels per side; as in training when left out")
 
 
 def reconstruct(
@@ -133,8 +143,8 @@ def reconstruct(
     from pixio import pictures
     from pixio.data.transforms import load_image
 
-    if draws < 1 or (sweep and draws > 1):
-        raise ValueError(f"--draws {draws}: expected 1 or more, and exactly 1 with --sweep")
+    if sweep and draws > 1:
+        raise ValueError(f"--draws {draws}: a --sweep shows one mask")
     if sweep != (output.suffix in (".gif", ".apng")) and not (sweep and output.suffix == ".png"):
         raise ValueError(
             f"--output {output}: --sweep needs .gif, .png or .apng, pictures {', '.join(PICTURES)}"

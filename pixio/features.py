@@ -36,16 +36,16 @@ _INDEX, _SETTINGS = "index.jsonl", "settings.json"
 
 
 # ---------------------------------------------------------------------------------------- what, from what
-def find_images(sources: Sequence[str]) -> list[Shard]:
+def find_images(sources: Sequence[str], chunk: int = FOLDER_CHUNK) -> list[Shard]:
     """List the images that files, folders, tars and patterns such as `photos/**/*.jpg` stand for.
 
     Args:
-        sources: a folder stands for the images in and below it, sorted. Files and folders are read once,
-            however often they are named.
+        sources: a folder stands for the images and tars in and below it, sorted. What is named several
+            times is read once; images come before tars.
+        chunk: images outside of tars that make one shard.
 
     Raises:
-        FileNotFoundError: nothing there, or no image in a folder.
-        ValueError: a file that is neither an image nor a tar.
+        FileNotFoundError: a source that stands for nothing.
     """
     files: dict[str, None] = {}  # in the order in which they are found
     tars: dict[str, None] = {}
@@ -53,23 +53,20 @@ def find_images(sources: Sequence[str]) -> list[Shard]:
         found = [source] if Path(source).exists() else sorted(glob.glob(source, recursive=True))
         if not found:
             raise FileNotFoundError(f"no file or folder {source}")
-        for path in map(Path, found):
-            if path.is_dir():
-                images = sorted(
-                    str(file) for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES
-                )
-                if not images:
-                    raise FileNotFoundError(f"no image ({', '.join(IMAGE_SUFFIXES)}) in or below {path}")
-                files |= dict.fromkeys(images)
-            elif path.suffix == ".tar":
-                tars[str(path)] = None
-            elif path.suffix.lower() in IMAGE_SUFFIXES:
-                files[str(path)] = None
-            elif len(found) == 1:
-                raise ValueError(f"{path} is no image: expected {', '.join(IMAGE_SUFFIXES)} or .tar")
+        inside = [
+            file
+            for path in map(Path, found)
+            for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
+        ]
+        images = [str(file) for file in inside if file.suffix.lower() in IMAGE_SUFFIXES]
+        archives = [str(file) for file in inside if file.suffix == ".tar"]
+        if not images and not archives:
+            raise FileNotFoundError(f"no image ({', '.join(IMAGE_SUFFIXES)}) and no .tar in {source}")
+        files |= dict.fromkeys(images)
+        tars |= dict.fromkeys(archives)
     paths = list(files)
-    chunks = [paths[i : i + FOLDER_CHUNK] for i in range(0, len(paths), FOLDER_CHUNK)]
-    return [FolderShard("", "", "\0".join(chunk)) for chunk in chunks] + [TarShard(tar, tar) for tar in tars]
+    chunks = ["\0".join(paths[i : i + chunk]) for i in range(0, len(paths), chunk)]
+    return [FolderShard("", "", files) for files in chunks] + [TarShard(tar, tar) for tar in tars]
 
 
 @dataclass(frozen=True)
@@ -180,7 +177,7 @@ class _Pieces(Dataset):
         prefix = self.shards[shard].name and f"{self.shards[shard].name}/"
         images: list[Image] = []
         groups: dict[tuple[int, int], tuple[list[int], list[Tensor]]] = {}
-        for number, entry in enumerate(self._source.entries[start:stop], start):
+        for place, entry in enumerate(self._source.entries[start:stop], start):
             name = f"{prefix}{entry.key}"
             try:
                 pixels, placement = self.transform.pixels(self._source.read(entry))
@@ -189,7 +186,7 @@ class _Pieces(Dataset):
                 continue
             images.append(Image(name, placement.original))
             numbers, group = groups.setdefault(placement.padded, ([], []))
-            numbers.append(number)
+            numbers.append(place)
             group.append(pixels)
         return _Read(images, [(numbers, torch.stack(group)) for numbers, group in groups.values()])
 
@@ -318,7 +315,7 @@ def write_folder(
         extractor: how they are computed.
         shards: the images.
         format: one of `FORMATS`; `npy` needs maps of one size.
-        per_file: images of a part.
+        per_file: images of a part, at most; see also `find_images`.
 
     Raises:
         ValueError: the folder holds features of other images or settings; see also `Extractor.run`.
@@ -431,6 +428,7 @@ def _progress(parts: Sequence[Part], title: str, shown: bool = True) -> tqdm:
         desc=title,
         total=sum(part.stop - part.start for part in parts),
         unit="image",
+        delay=1.0,  # seconds: what fails at once leaves only its message
         mininterval=0.1 if sys.stderr.isatty() else 30,
         disable=not (shown and parts),
     )

@@ -178,13 +178,14 @@ def look(encoder: PixioViT, image: Source, transform: Transform, block: int = -1
         block: 0-based, negative ones from the end.
     """
     image = read_image(image)
-    inputs, placement = transform.placed(np.asarray(image))
+    inputs, placement = transform.placed(image)
     device = next(encoder.parameters()).device
     features, cls = encoder.get_intermediate_layers(
         inputs.to(device), n=[block], reshape=True, return_class_token=True
     )[0]
-    image.thumbnail((SHOWN, SHOWN))
-    return Seen(to_tensor(image), placement, features[0].float().cpu(), cls[0].float().cpu())
+    shown = image.copy()
+    shown.thumbnail((SHOWN, SHOWN))
+    return Seen(to_tensor(shown), placement, features[0].float().cpu(), cls[0].float().cpu())
 
 
 def save_pca(
@@ -241,7 +242,6 @@ def save_similarity(
     path: str | Path | BinaryIO,
     smooth: bool = False,
     names: Sequence[str] = (),
-    patch_size: int = 16,
 ) -> None:
     """Draw how similar patches of the first image are to all patches of all images.
 
@@ -251,12 +251,12 @@ def save_similarity(
         path: picture to write.
         smooth: interpolate between patches.
         names: of the images.
-        patch_size: p.
 
     Raises:
         ValueError: a point outside the first image.
     """
     first = seen[0]
+    patch_size = first.placement.padded[0] // first.patches.shape[1]
     patches = [first.placement.patch_at(x, y, patch_size) for x, y in points]
     queries = torch.stack([first.patches[:, row, column] for row, column in patches])  # [points, D]
     maps = [one.draw(similarity(queries, one.patches), smooth) for one in seen]
@@ -308,8 +308,8 @@ def save_sheet(
                 shown = axis.imshow(pixels, vmin=low, vmax=high, interpolation="antialiased")
                 axis.set(xticks=[], yticks=[])
                 axis.spines[:].set_visible(False)
-        for axis, name in zip(axes[:, 0], names, strict=False):
-            axis.set_ylabel(name, fontsize=8)
+        for row, name in enumerate(names):
+            axes[row, 0].set_ylabel(name, fontsize=8)
         for number, (x, y) in enumerate(marks, 1):
             axes[0, 0].plot(x, y, "o", markersize=9, markerfacecolor="white", markeredgecolor="black")
             axes[0, 0].annotate(

@@ -1,7 +1,7 @@
 """The table of models: every encoder, and every encoder with the decoder it is pre-trained with.
 
-Released sizes carry published weights; `pico`, `ti` and `s` are ours, for laptops and single GPUs (no
-published weights). A pre-training name holds both halves:
+Released sizes carry published weights; `femto`, `pico`, `ti` and `s` are ours, for laptops and single GPUs,
+and carry none. A pre-training name holds both halves:
 `enc<width>x<blocks>h<heads>_dec<width>x<blocks>h<heads>`. The published recipes use the 512-wide, 32-block
 decoder; at equal batch it costs 7 % of the FLOPs beside the 5B encoder but 80 % beside B, so small encoders
 get a lighter one here.
@@ -70,6 +70,7 @@ def _mae(name: str, encoder: Callable[..., PixioViT]) -> Callable[..., PixioMAE]
     return build
 
 
+pixio_vitfemto16 = _encoder("pixio_vitfemto16", 64, 4, 2)
 pixio_vitpico16 = _encoder("pixio_vitpico16", 128, 6, 4)
 pixio_vitti16 = _encoder("pixio_vitti16", 192, 12, 3)
 pixio_vits16 = _encoder("pixio_vits16", 384, 12, 6)
@@ -79,6 +80,7 @@ pixio_vith16 = _encoder("pixio_vith16", 1280, 32, 16)
 pixio_vit1b16 = _encoder("pixio_vit1b16", 1536, 48, 24)
 pixio_vit5b16 = _encoder("pixio_vit5b16", 3072, 48, 32)
 
+pixio_vitfemto16_enc64x4h2_dec64x1h2 = _mae("pixio_vitfemto16_enc64x4h2_dec64x1h2", pixio_vitfemto16)
 pixio_vitpico16_enc128x6h4_dec128x2h4 = _mae("pixio_vitpico16_enc128x6h4_dec128x2h4", pixio_vitpico16)
 pixio_vitti16_enc192x12h3_dec128x4h4 = _mae("pixio_vitti16_enc192x12h3_dec128x4h4", pixio_vitti16)
 pixio_vits16_enc384x12h6_dec256x4h8 = _mae("pixio_vits16_enc384x12h6_dec256x4h8", pixio_vits16)

@@ -108,7 +108,9 @@ def pixio_folder(folder):
 
 
 @pytest.mark.parametrize(
-    ("build", "c"), [(dinov2, 1), (dinov2_with_registers, 4), (pixio_folder, 3)], ids=lambda value: str(value)
+    ("build", "c"),
+    [(dinov2, 1), (dinov2_with_registers, 4), (pixio_folder, 3)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_transformers_folders_give_transformers_own_features_on_a_rectangle(build, c, tmp_path):
     theirs = build(tmp_path)

@@ -176,7 +176,7 @@ def test_every_attempt_of_a_job_meets_somewhere_else():
 
 # ------------------------------------------------------------------------------------------------- real SLURM
 
-STEPS = 40
+STEPS = 24
 # The first attempt is slow, so that there is something to interrupt; how fast a machine is does not matter.
 PACED = """
 import os, sys, time
@@ -184,7 +184,7 @@ sys.path.insert(0, {tree!r})
 import main_pretrain
 step = main_pretrain.accumulate
 def slowly(*arguments):
-    time.sleep(0 if os.environ.get("SLURM_RESTART_COUNT") or os.environ.get("UNPACED") else 0.5)
+    time.sleep(0 if os.environ.get("SLURM_RESTART_COUNT") else float(os.environ["PACE"]))
     return step(*arguments)
 main_pretrain.accumulate = slowly
 if __name__ == "__main__":
@@ -218,7 +218,7 @@ class Jobs:
         flags = [*flags, "--job_dir", self.folder / name, "--cpus_per_task", "1"]
         result = subprocess.run(
             [*map(str, command), *map(str, flags)],
-            env={**self.env, **env},
+            env={**self.env, "PACE": "0.5", **env},
             cwd=self.folder,
             check=False,
             capture_output=True,
@@ -297,7 +297,7 @@ def run_jobs(folder: Path) -> dict[str, dict]:
         paced = [*tiny, "--dataset_type", "imagenet", "--data_path", folder / "tars", "--drop_path", "0.1"]
         paced += ["--epochs", "2", "--iters_per_epoch", STEPS // 2, "--save_steps", "3", "--timeout", "60"]
         spread, together = [*paced, "--nodes", "2", "--ngpus", "1"], [*paced, "--nodes", "1", "--ngpus", "2"]
-        jobs.submit("limited", *spread, "--timeout", "1", "--warning", "5", "--save_steps", "0")
+        jobs.submit("limited", *spread, "--timeout", "1", "--warning", "30", "--save_steps", "0", PACE="3")
         jobs.submit("preempted", *together, "--partition", "low", "--save_steps", "0")
         jobs.submit("requeued", *spread)
         jobs.submit("killed", *spread)
@@ -307,7 +307,7 @@ def run_jobs(folder: Path) -> dict[str, dict]:
         cluster.call("scontrol", "requeue", jobs.numbers["requeued"])
         jobs.wait_for_step("killed", 4)
         jobs.kill_rank("killed", 1)
-        jobs.submit("whole", *spread, UNPACED="1")
+        jobs.submit("whole", *spread, PACE="0")
         jobs.submit("hopeless", *spread, "--data_path", folder / "nothing")
         short = ["--epochs", "1", "--iters_per_epoch", "2", "--timeout", "10"]
         jobs.evaluate("evaluated", folder / "folders")
@@ -386,7 +386,7 @@ def test_a_warned_job_saves_where_it_is(jobs, name):
     folder, found = jobs
     text = said(folder / name, found[name])
     assert "Caught signal SIGUSR2" in text
-    assert not re.search(r"is finished|Traceback", text), text
+    assert "Traceback" not in text, text
 
 
 def test_a_job_that_fails_without_progress_is_not_tried_again(jobs):

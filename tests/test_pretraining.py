@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -106,9 +107,12 @@ def test_resumed_run_equals_uninterrupted_run(trees, tmp_path, monkeypatch, kind
     run(*flags, "--output_dir", tmp_path / "whole")
 
     steps = iter(range(killed_at))
+    saved = tmp_path / "killed" / "checkpoints" / "step_00000004.pt"
 
     def accumulate_until_killed(*args):
         if next(steps, None) is None:
+            while saved.with_name("latest").read_text().strip() != saved.name:
+                time.sleep(0.01)  # it is written in the background
             raise Killed
         return accumulate(*args)
 

@@ -436,7 +436,7 @@ def _dress(rng: np.random.Generator, world: World) -> _Look:
         warmth = rng.uniform(-0.15, 0.15)
         lights.append(_Light(positions, rng.uniform(0.6, 1.4) * np.array([1 + warmth, 1, 1 - warmth])))
 
-    direction = rng.normal(size=3) + (0.0, 0.0, 1.0)  # more often from above than from below
+    direction = rng.normal(size=3) + np.array([0.0, 0.0, 1.0])  # more often from above than from below
     return _Look(
         textures=tuple(textures),
         noise=rng.random((64, 64), np.float32),

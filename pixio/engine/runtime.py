@@ -96,8 +96,13 @@ class Runtime:
             recompute: run each block again in the backward pass instead of keeping its activations.
         """
         if recompute:
+            options = {"use_reentrant": False}
+            if (
+                self.device.type == "cpu"
+            ):  # torch brings back autocast, but not the kernels chosen with it here
+                options["context_fn"] = lambda: (contextlib.nullcontext(), self.autocast())
             for block in blocks_of(model):
-                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+                block.forward = functools.partial(checkpoint, block.forward, **options)
         if self.mesh is not None:
             return shard(model, self.mesh, self.dtype, self._start_from_rank_0)
         if self.world_size == 1:
@@ -253,16 +258,18 @@ def shard(
     Args:
         model: on any device, the meta device too.
         mesh: one dimension (shards) or two (copies of the shards).
-        dtype: what the blocks compute and gather their parameters in; gradients are averaged in float32. What
-            lies outside the blocks stays float32, as under autocast, and with it the sum that they add to.
+        dtype: what the blocks gather their parameters in; gradients are averaged in float32. What lies
+            outside the blocks stays float32, as under autocast, and with it the sum that they add to. On
+            CPUs, whose LayerNorm takes no mixture of types, all stays float32.
         prepare: called with each block, and at last with the model, before it is divided.
     """
+    whole = MixedPrecisionPolicy(cast_forward_inputs=False)
     low = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks_of(model):
         prepare(block)
-        fully_shard(block, mesh=mesh, mp_policy=low if dtype != torch.float32 else MixedPrecisionPolicy())
+        fully_shard(block, mesh=mesh, mp_policy=whole if mesh.device_type == "cpu" else low)
     prepare(model)
-    return fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    return fully_shard(model, mesh=mesh, mp_policy=whole)
 
 
 def make_mesh(kind: str, ranks: "Ranks", parallel: str) -> DeviceMesh:

@@ -98,6 +98,7 @@ class Job:
                 if end.code != STOPPED or not received(WARNING):
                     raise
                 requeue(WARNING, None)  # rank 0 leaves here; the others end as if all were done
+        signal.signal(WARNING, signal.SIG_IGN)  # what is finished need not run again
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """What submitit queues: the same again."""

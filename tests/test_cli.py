@@ -1,0 +1,243 @@
+"""Every `pixio` command does what its help says, and mistakes end it with one line."""
+
+import functools
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import pixio
+from pixio import cli, cli_pictures
+from pixio.cli import main
+
+COMMANDS = {
+    "info": cli,
+    "convert": cli,
+    "features": cli,
+    "plan": cli,
+    "scenes": cli,
+    "pca": cli_pictures,
+    "tokens": cli_pictures,
+    "similarity": cli_pictures,
+    "reconstruct": cli_pictures,
+    "curves": cli_pictures,
+    "report": cli_pictures,
+}
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with photographs, a small run with a checkpoint, and its encoder."""
+    root = tmp_path_factory.mktemp("here")
+    rng = np.random.default_rng(0)
+    for name, size in (("a", (40, 60)), ("b", (64, 32))):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(root / f"{name}.png")
+    torch.manual_seed(0)
+    encoder = pixio.PixioViT(img_size=32, embed_dim=16, depth=2, num_heads=2)
+    mae = pixio.PixioMAE(encoder, 16, 1, 2, mask_grid=1)
+    (root / "run/checkpoints").mkdir(parents=True)
+    content = {"model": mae.state_dict(), "config": {"model": "tiny_enc16x2h2_dec16x1h2", "mask_grid": 1}}
+    torch.save(content, root / "run/checkpoints/step_00000001.pt")
+    (root / "run/checkpoints/latest").write_text("step_00000001.pt\n")
+    (root / "run/log.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0, "lr": 0.1}) + "\n")
+    torch.save(encoder.state_dict(), root / "encoder.pth")
+    torch.save(pixio.pixio_vitpico16().state_dict(), root / "pico.pth")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def in_that_folder(here, monkeypatch):
+    monkeypatch.chdir(here)
+
+
+def fail(capsys, command):
+    """The only line that a wrong command leaves."""
+    with pytest.raises(SystemExit) as stop:
+        main(shlex.split(command))
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    assert line.startswith("pixio")
+    return line
+
+
+def help_of(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------- help
+def test_the_commands_are_those_listed(capsys):
+    text = help_of(capsys, "--help")
+    found = re.findall(r"^    (\w+)(?:  |$)", text, re.MULTILINE)
+    assert sorted(found) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_ends_with_an_example_that_its_command_takes(command, capsys, monkeypatch):
+    text = help_of(capsys, command)
+    example = re.search(rf"^example: pixio ({command} .*)$", text, re.MULTILINE)[1]
+    run, calls = getattr(COMMANDS[command], command), []
+
+    @functools.wraps(run)
+    def note(**arguments):
+        calls.append(arguments)
+
+    monkeypatch.setattr(COMMANDS[command], command, note)
+    main(shlex.split(example))
+    assert len(calls) == 1
+
+
+def test_help_lists_the_layouts_and_formats(capsys):
+    assert "imagenet-tars" in help_of(capsys, "scenes")
+    assert "safetensors, transformers" in help_of(capsys, "convert")
+
+
+def test_help_loads_no_library_that_only_other_commands_need():
+    code = """
+import sys
+from pixio.cli import main
+try:
+    main(["--help"])
+except SystemExit:
+    heavy = {"matplotlib", "PIL", "webdataset", "timm", "transformers", "pixio.data", "pixio.engine"}
+    assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+# ------------------------------------------------------------------------------------------------ mistakes
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("paint", "invalid choice: 'paint'"),
+        ("info pixio_vith14", "did you mean pixio_vith16"),
+        ("info --all", "--all"),
+        ("convert no.pth x.pth --to pth", "no weight file at no.pth"),
+        ("convert encoder.pth x.zip --to zip", "'zip' (choose from"),
+        ("convert encoder.pth x.pth --to pth --num_heads two", "invalid int value: 'two'"),
+        ("features a.png", "--pretrained"),
+        ("features a.png --model pixio_vitx16", "is no encoder: choose from pixio_vit"),
+        ("features no.png --model pixio_vitpico16", "no file or folder no.png"),
+        ("features a.png --model pixio_vitpico16 --output f.txt", ".npz or .safetensors"),
+        ("features a.png --pretrained encoder.pth --num_heads 2 --arrays pixels", "'pixels' (choose from"),
+        ("features a.png --pretrained encoder.pth", "pass num_heads"),
+        ("features a.png --pretrained encoder.pth --num_heads 2 --size 20", "try 16"),
+        ("features a.png --pretrained encoder.pth --num_heads 2 --blocks 7", "2 blocks"),
+        ("features a.png --pretrained encoder.pth --num_heads 2 --device abacus", "unknown device"),
+        ("pca a.png --pretrained encoder.pth --output no/pca.png", "no folder no"),
+        ("pca a.png --pretrained encoder.pth --output pca.txt", "must end in .png"),
+        ("similarity a.png --pretrained encoder.pth --num_heads 2", "--point"),
+        ("similarity a.png --pretrained encoder.pth --num_heads 2 --point 60 5", "outside the image"),
+        ("reconstruct a.png --checkpoint encoder.pth", "no decoder"),
+        ("reconstruct a.png --checkpoint run/checkpoints/step_00000001.pt --sweep --output x.pdf", "--sweep"),
+        ("reconstruct a.png --checkpoint run/checkpoints/step_00000001.pt --output x.gif", "--sweep"),
+        (
+            "reconstruct a.png --checkpoint run/checkpoints/step_00000001.pt --draws 0",
+            "0 is no whole number above 0",
+        ),
+        ("reconstruct a.png --checkpoint run/checkpoints/step_00000001.pt --mask_ratio 2", "mask_ratio 2.0"),
+        ("curves nowhere", "nowhere"),
+        ("report nowhere", "has no log.jsonl"),
+        ("plan pixio_vitpico16 --gpu_memory 0", "must be positive"),
+        ("scenes cifar data", "'cifar' (choose from"),
+    ],
+)
+def test_a_mistake_gets_one_clear_line(command, message, capsys):
+    assert message in fail(capsys, command)
+
+
+def test_a_missing_library_is_one_line(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    Path("x.safetensors").write_bytes(b"")
+    assert "pip install safetensors" in fail(capsys, "features a.png --pretrained x.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------ commands
+def test_info_prints_the_published_sizes(capsys):
+    main(["info", "pixio_vith16"])
+    assert "631,013,120" in capsys.readouterr().out
+
+
+def test_convert_prints_the_line_that_loads_the_result(capsys):
+    main(shlex.split("convert pico.pth converted.safetensors --to safetensors"))
+    converted = eval(capsys.readouterr().out).state_dict()
+    source = torch.load("pico.pth", weights_only=True)
+    assert converted.keys() == source.keys()
+    assert all(torch.equal(converted[key], source[key]) for key in source)
+
+
+def test_features_of_named_images_are_one_file(here, capsys):
+    main(shlex.split("features a.png b.png --pretrained pico.pth --size 32 --output features.npz"))
+    assert "2 images -> features.npz" in capsys.readouterr().out
+    with np.load("features.npz") as found:
+        arrays = dict(found)
+    assert {name: array.shape for name, array in arrays.items()} == {
+        f"{image}.png/{name}": shape
+        for image in "ab"
+        for name, shape in (("patch_tokens", (2, 2, 128)), ("embedding", (128,)))
+    }
+    with torch.inference_mode():
+        last = pixio.from_pretrained("pico.pth").forward_features(pixio.transform(32)("b.png"))
+    np.testing.assert_allclose(arrays["b.png/embedding"], last["cls_tokens_norm"][0].mean(0), atol=1e-5)
+
+
+def test_features_of_a_model_by_name_need_no_weights_and_are_repeatable(capsys):
+    for name in ("one", "two"):
+        main(shlex.split(f"features a.png --model pixio_vitpico16 --size 16 --output {name}.safetensors"))
+    assert "random weights" in capsys.readouterr().err
+    assert Path("one.safetensors").read_bytes() == Path("two.safetensors").read_bytes()
+
+
+def test_features_go_on_in_a_folder_and_tell_what_was_there(capsys):
+    command = "features *.png --pretrained pico.pth --size 16 --output stored --per_file 1 --arrays embedding"
+    main(shlex.split(command))
+    assert "2 images -> stored" in capsys.readouterr().out
+    main(shlex.split(command))
+    assert "0 images -> stored" in (again := capsys.readouterr().out)
+    assert "and 2 from before" in again
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "pca a.png b.png --foreground --smooth --output out.png",
+        "tokens a.png --block 0 --fit pad --output out.svg",
+        "similarity a.png b.png --point 59 39 --point 0 0 --output out.png",
+    ],
+)
+def test_pictures_of_features_are_written(command, here, capsys):
+    main(shlex.split(f"{command} --pretrained encoder.pth --num_heads 2 --size 64"))
+    name = command.split()[-1]
+    assert f"-> {name}" in capsys.readouterr().out
+    assert (here / name).stat().st_size > 1000
+    (here / name).unlink()
+
+
+def test_reconstruct_curves_and_report_tell_of_a_run(here, capsys):
+    main(shlex.split("reconstruct a.png b.png --checkpoint run/checkpoints/step_00000001.pt --draws 2"))
+    main(shlex.split("curves run --output curves.pdf"))
+    main(shlex.split("report run --images a.png"))
+    assert capsys.readouterr().out.count("->") == 3
+    for name in ("reconstruction.png", "curves.pdf", "run/report.html"):
+        assert (here / name).stat().st_size > 1000
+
+
+def test_plan_tells_what_fits(capsys):
+    main(shlex.split("plan pixio_vitpico16 --gpus 2 --gpu_memory 80 --batch 2"))
+    assert "take --parallel ddp" in capsys.readouterr().out
+
+
+def test_scenes_are_written_in_a_layout(here, capsys):
+    main(shlex.split("scenes pascal tree --train 1 --val 1 --size 16"))
+    assert len(list((here / "tree").rglob("*.jpg"))) == 2

@@ -1,0 +1,359 @@
+"""Images into the encoder and maps back to their pixels, and features of many images on disk."""
+
+import io
+import json
+import sys
+import tarfile
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors import safe_open
+
+import pixio
+from pixio import features
+from pixio.data.transforms import load_image, normalise
+from pixio.engine.runtime import Runtime
+from pixio.features import Extractor, Recipe, find_images, write_file, write_folder
+from pixio.inputs import FITS, Transform
+
+CPU = Runtime(torch.device("cpu"))
+SIZES = [(40, 64), (64, 40), (40, 64), (30, 30), (64, 64)]  # height, width
+SIDES = st.integers(1, 200)
+
+
+def photo(height, width, seed=0):
+    """Smooth colours, uint8 [H, W, 3]."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    return np.array(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("photos")
+    (root / "inner").mkdir()
+    for i, (height, width) in enumerate(SIZES):
+        place = root / "inner" if i == 4 else root
+        Image.fromarray(photo(height, width, i)).save(place / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    torch.manual_seed(0)
+    return pixio.PixioViT(img_size=32, embed_dim=16, depth=3, num_heads=2).eval()
+
+
+def extractor(encoder, runtime=CPU, batch_size=2, workers=0, size=32, fit="square", **options):
+    return Extractor(encoder, Recipe(Transform(size, fit), **options), runtime, batch_size, workers)
+
+
+def read(folder):
+    """All arrays of a folder of safetensors."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- inputs
+def test_a_square_is_what_the_released_models_were_evaluated_on(folder):
+    path = folder / "0.png"
+    torch.testing.assert_close(pixio.transform(48)(path), normalise(load_image(path, 48)))
+
+
+def test_file_bytes_image_and_array_are_the_same_input(folder):
+    path, prepare = folder / "0.png", pixio.transform(32)
+    expected = prepare(path)
+    for source in (str(path), path.read_bytes(), Image.open(path), np.asarray(Image.open(path))):
+        torch.testing.assert_close(prepare(source), expected, rtol=0, atol=0)
+
+
+def test_padding_keeps_the_pixels_and_adds_nearly_nothing_right_and_below():
+    pixels = photo(40, 50)
+    images, placement = Transform(None, "pad").placed(pixels)
+    assert images.shape == (1, 3, 48, 64)
+    kept = normalise(torch.from_numpy(pixels).permute(2, 0, 1))
+    torch.testing.assert_close(images[0, :, :40, :50], kept, rtol=0, atol=0)
+    images[:, :, :40, :50] = 0
+    assert images.abs().max() < 0.01
+    assert placement.shown == (40, 50)
+
+
+@given(SIDES, SIDES, st.sampled_from(FITS), st.sampled_from([None, 16, 50, 96]), st.sampled_from([8, 16]))
+def test_every_input_is_whole_patches_that_all_show_the_image(height, width, fit, size, patch):
+    if fit == "square":
+        size = 96
+    placement = Transform(size, fit, patch).placement(height, width)
+    for shown, padded in zip(placement.shown, placement.padded, strict=True):
+        assert padded % patch == 0
+        assert 0 <= padded - shown < patch
+        assert fit == "pad" or shown == padded
+    if size and fit == "pad":
+        assert max(placement.shown) == size
+
+
+@given(SIDES, SIDES, st.sampled_from(FITS), st.data())
+def test_a_point_lies_in_the_patch_whose_label_its_pixel_gets_back(height, width, fit, data):
+    placement = Transform(64, fit).placement(height, width)
+    rows, columns = (side // 16 for side in placement.padded)
+    labels = torch.arange(rows * columns).view(1, 1, rows, columns)
+    back = placement.to_original(labels, "nearest")
+    assert back.shape == (1, 1, height, width)
+    assert back.dtype == labels.dtype
+    x, y = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
+    row, column = placement.patch_at(x + 0.5, y + 0.5)
+    edges = [(x + 0.5) / width * placement.shown[1] / 16, (y + 0.5) / height * placement.shown[0] / 16]
+    if all(abs(edge - round(edge)) > 1e-4 for edge in edges):
+        assert back[0, 0, y, x] == row * columns + column
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_an_image_mapped_back_is_the_image(fit):
+    pixels = photo(90, 70)
+    prepared, placement = Transform(128, fit).pixels(pixels)
+    back = placement.to_original(prepared[None].float())[0].permute(1, 2, 0)
+    assert (back - torch.from_numpy(pixels).float()).abs().mean() < 2
+
+
+def test_a_map_can_be_had_at_another_size_of_the_original():
+    placement = Transform(None, "pad").placement(40, 50)
+    ramp = torch.arange(48.0)[None, None, :, None].expand(-1, -1, -1, 64)
+    halved = placement.to_original(ramp, size=(20, 25))
+    torch.testing.assert_close(halved[0, 0, :, 0], torch.arange(20) * 2 + 0.5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: pixio.transform(100), "100 is not a multiple of the patch size 16: try 96"),
+        (lambda: pixio.transform(None), "needs a size"),
+        (lambda: pixio.transform(0, "pad"), "not a positive number"),
+        (lambda: pixio.transform(64, "stretch"), "choose one of square, resize, pad"),
+        (lambda: pixio.transform(64)(np.zeros((4, 4, 3))), "float64"),
+        (lambda: pixio.transform(64)(np.zeros((4, 4, 4), np.uint8)), r"\[4, 4, 4\]"),
+        (lambda: pixio.transform(64)(b"nothing"), "not a JPEG"),
+        (lambda: Transform(64).placement(10, 20).patch_at(20, 3), "x is below 20, y below 10"),
+    ],
+)
+def test_an_impossible_input_is_explained(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_without_pillow_the_remedy_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ImportError, match="pip install pillow"):
+        pixio.transform(64)("photo.png")
+
+
+# ------------------------------------------------------------------------------------------------ sources
+def test_folders_patterns_files_and_tars_are_found_once_each(folder, tmp_path):
+    tar = tmp_path / "some.tar"
+    with tarfile.open(tar, "w") as archive:
+        archive.add(folder / "0.png", "a.png")
+    sources = [folder / "2.png", folder, folder / "**/*.png", tar, tmp_path]
+    shards = find_images([str(source) for source in sources])
+    files = shards[0].files.split("\0")
+    assert [Path(file).name for file in files] == ["2.png", "0.png", "1.png", "3.png", "4.png"]
+    assert [shard.name for shard in shards[1:]] == [str(tar)]
+
+
+@pytest.mark.parametrize("source", ["nothing", "no*.png", "empty"])
+def test_sources_without_images_are_named(source, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"(no file or folder|no image).*{source.replace('*', '.')}"):
+        find_images([str(tmp_path / source)])
+
+
+def test_a_file_that_is_no_image_is_named(tmp_path):
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"no image .* in .*notes\.txt"):
+        find_images([str(tmp_path / "notes.txt")])
+
+
+# ----------------------------------------------------------------------------------------------- features
+@pytest.mark.parametrize("fit", FITS)
+def test_stored_features_are_those_of_the_model_image_by_image(fit, folder, encoder, tmp_path):
+    every = {"arrays": features.ARRAYS}
+    done = write_folder(tmp_path / "out", extractor(encoder, fit=fit, **every), find_images([str(folder)]))
+    assert done == (len(SIZES), 0, [])
+    stored = read(tmp_path / "out")
+    for path in folder.rglob("*.png"):
+        with torch.inference_mode():
+            (maps, tokens) = encoder.get_intermediate_layers(
+                pixio.transform(32, fit)(path), reshape=True, return_class_token=True
+            )[0]
+        expected = {
+            "patch_tokens": maps[0].permute(1, 2, 0),
+            "cls_tokens": tokens[0],
+            "embedding": tokens[0].mean(0),
+            "mean_patch": maps[0].mean((1, 2)),
+        }
+        for name, array in expected.items():
+            torch.testing.assert_close(stored[f"{path}/{name}"], array)
+
+
+def test_chosen_blocks_are_the_first_axis_before_the_norm_if_asked(folder, encoder, tmp_path):
+    path = str(folder / "0.png")
+    chosen = extractor(encoder, block_ids=(0, -1), norm=False, arrays=("cls_tokens",))
+    write_file(tmp_path / "f.npz", chosen, find_images([path]))
+    with torch.inference_mode():
+        outputs = encoder(pixio.transform(32)(path), [0, -1])
+    with np.load(tmp_path / "f.npz") as file:
+        found = torch.from_numpy(file[f"{path}/cls_tokens"])
+    torch.testing.assert_close(found, torch.stack([output["cls_tokens"][0] for output in outputs]))
+
+
+def test_npy_and_its_index_hold_what_safetensors_hold(folder, encoder, tmp_path):
+    shards = find_images([str(folder)])
+    for format in features.FORMATS:
+        write_folder(tmp_path / format, extractor(encoder, half=True), shards, format, per_file=2)
+    stored = read(tmp_path / "safetensors")
+    lines = [json.loads(line) for line in (tmp_path / "npy/index.jsonl").read_text().splitlines()]
+    assert len(lines) == len(SIZES)
+    for line in lines:
+        for name in Recipe.arrays:
+            array = np.load(tmp_path / "npy" / f"part_{line['part']:06d}.{name}.npy", mmap_mode="r")
+            assert array.dtype == np.float16
+            np.testing.assert_array_equal(array[line["row"]], stored[f"{line['image']}/{name}"])
+    assert [line["size"] for line in lines if line["image"].endswith("1.png")] == [[64, 40]]
+
+
+def test_a_tar_gives_the_features_of_its_files_and_worker_processes_change_nothing(folder, encoder, tmp_path):
+    with tarfile.open(tmp_path / "some.tar", "w") as archive:
+        for path in sorted(folder.rglob("*.png")):
+            archive.add(path, path.name)
+    tar, mixed = str(tmp_path / "some.tar"), extractor(encoder, fit="resize", size=48, workers=2)
+    write_folder(tmp_path / "a", mixed, find_images([tar]), per_file=3)
+    write_folder(
+        tmp_path / "b", extractor(encoder, fit="resize", size=48), find_images([str(folder)]), per_file=3
+    )
+    ours = {name.removeprefix(f"{tar}/"): array for name, array in read(tmp_path / "a").items()}
+    theirs = {"/".join(name.split("/")[-2:]): array for name, array in read(tmp_path / "b").items()}
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name])
+
+
+def test_a_stopped_run_goes_on_with_the_parts_it_lacks(folder, encoder, tmp_path, monkeypatch):
+    shards, run = find_images([str(folder)]), extractor(encoder)
+    write_folder(tmp_path / "whole", run, shards, per_file=2)
+    write_part, asked = features._write_part, []
+
+    def stop_at_second(folder, number, images, arrays, format):
+        if number == 1:
+            (folder / ".part_000001.safetensors.99.tmp").write_bytes(b"half")
+            raise KeyboardInterrupt
+        write_part(folder, number, images, arrays, format)
+
+    monkeypatch.setattr(features, "_write_part", stop_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(tmp_path / "stopped", run, shards, per_file=2)
+    assert not (tmp_path / "stopped/index.jsonl").exists()
+    monkeypatch.setattr(
+        features, "_write_part", lambda *arguments: (asked.append(arguments[1]), write_part(*arguments))
+    )
+    assert write_folder(tmp_path / "stopped", run, shards, per_file=2) == (3, 2, [])
+    assert asked == [1, 2]
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert sorted(path.name for path in (tmp_path / "stopped").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_two_ranks_share_the_parts_and_write_what_one_does(folder, encoder, tmp_path, monkeypatch):
+    shards = find_images([str(folder)])
+    write_folder(tmp_path / "one", extractor(encoder), shards, per_file=2)
+    meeting, written = threading.Barrier(2, timeout=60), []
+    monkeypatch.setattr(Runtime, "barrier", lambda self: self.world_size == 1 or meeting.wait())
+    write_part = features._write_part
+
+    def note(folder, number, *rest):
+        written.append((threading.current_thread().name, number))
+        write_part(folder, number, *rest)
+
+    monkeypatch.setattr(features, "_write_part", note)
+    ranks = [
+        threading.Thread(
+            target=write_folder,
+            name=str(rank),
+            args=(tmp_path / "two", extractor(encoder, replace(CPU, rank=rank, world_size=2)), shards),
+            kwargs={"per_file": 2},
+        )
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert sorted(written) == [("0", 0), ("0", 2), ("1", 1)]
+    assert (tmp_path / "two/index.jsonl").read_text() == (tmp_path / "one/index.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"size": 48}, "size"), ({"half": True}, "half"), ({"arrays": ("embedding",)}, "arrays")],
+)
+def test_other_settings_do_not_mix_with_what_is_there(change, named, folder, encoder, tmp_path):
+    shards = find_images([str(folder / "0.png")])
+    write_folder(tmp_path, extractor(encoder), shards)
+    with pytest.raises(ValueError, match=f"other {named}:"):
+        write_folder(tmp_path, extractor(encoder, **change), shards)
+
+
+def test_other_weights_and_images_do_not_mix_with_what_is_there(folder, encoder, tmp_path):
+    write_folder(tmp_path, extractor(encoder), find_images([str(folder / "0.png")]))
+    other = pixio.PixioViT(img_size=32, embed_dim=16, depth=3, num_heads=2).eval()
+    with pytest.raises(ValueError, match="other weights, images:"):
+        write_folder(tmp_path, extractor(other), find_images([str(folder / "1.png")]))
+
+
+def test_unreadable_images_are_reported_and_the_others_stored(folder, encoder, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"not an image")
+    shards = find_images([str(tmp_path / "bad.png"), str(folder)])
+    done = write_folder(tmp_path / "out", extractor(encoder), shards, "npy")
+    assert done.computed == len(SIZES) + 1
+    assert len(done.errors) == 1
+    assert "bad.png" in done.errors[0]
+    assert len(np.load(tmp_path / "out/part_000000.embedding.npy")) == len(SIZES)
+    lines = [json.loads(line) for line in (tmp_path / "out/index.jsonl").read_text().splitlines()]
+    assert [line.get("row") for line in lines] == [None, 0, 1, 2, 3, 4]
+
+
+def test_one_file_of_a_few_images_holds_all_of_them_or_is_not_written(folder, encoder, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=r"bad\.png"):
+        write_file(
+            tmp_path / "f.npz", extractor(encoder), find_images([str(folder), str(tmp_path / "bad.png")])
+        )
+    assert not (tmp_path / "f.npz").exists()
+
+
+def test_features_that_are_not_finite_are_refused(folder, tmp_path):
+    broken = pixio.PixioViT(img_size=32, embed_dim=16, depth=1, num_heads=2).eval()
+    torch.nn.init.constant_(broken.norm.bias, 1e6)
+    with pytest.raises(ValueError, match=r"0\.png are not finite: store float32"):
+        write_file(tmp_path / "f.npz", extractor(broken, half=True), find_images([str(folder)]))
+
+
+def test_maps_of_different_sizes_are_refused_as_npy(folder, encoder, tmp_path):
+    with pytest.raises(ValueError, match="npy holds maps of one size"):
+        write_folder(tmp_path, extractor(encoder, fit="pad"), find_images([str(folder)]), "npy")
+
+
+def test_a_damaged_tar_is_named(encoder, tmp_path):
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("notes.txt"))
+    (tmp_path / "bad.tar").write_bytes(data.getvalue())
+    with pytest.raises(ValueError, match=r"bad\.tar: no image"):
+        write_folder(tmp_path / "out", extractor(encoder), find_images([str(tmp_path / "bad.tar")]))

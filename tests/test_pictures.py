@@ -1,0 +1,317 @@
+"""What the pictures show is right, and they are drawn whatever names and logs hold."""
+
+import io
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.decomposition import PCA
+
+import pixio
+from pixio import pictures
+from pixio.inputs import Transform
+from pixio.mae import MAEOutput, patch_statistics, patchify
+from pixio.maps import pca_colours, similarity
+from pixio.report import write_report
+
+
+@pytest.fixture(scope="module")
+def mae():
+    torch.manual_seed(0)
+    encoder = pixio.PixioViT(img_size=32, embed_dim=16, depth=1, num_heads=2)
+    return pixio.PixioMAE(encoder, 16, 1, 2, mask_grid=1).eval()
+
+
+@pytest.fixture
+def images():
+    return torch.randint(
+        0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+
+
+def features(*sizes, width=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.logspace(1, -1, width)[:, None, None]
+    return [torch.randn(width, h, w, generator=generator) * scales for h, w in sizes]
+
+
+# ---------------------------------------------------------------------------------------------------- maps
+def test_pca_colours_are_the_first_three_components_of_all_images_together():
+    maps = features((5, 7), (8, 4))
+    colours = pca_colours(maps)
+    patches = torch.cat([m.flatten(1).T for m in maps]).numpy()
+    oracle = PCA(3).fit(patches)
+    assert colours.explained == pytest.approx(oracle.explained_variance_ratio_.sum(), rel=1e-4)
+    found = torch.cat([m.flatten(1).T for m in colours.maps]).numpy()
+    for ours, theirs in zip(found.T, oracle.transform(patches).T, strict=True):
+        inner = (ours > 0) & (ours < 1)  # the others are clipped
+        assert inner.mean() > 0.9
+        assert abs(np.corrcoef(ours[inner], theirs[inner])[0, 1]) > 0.9999
+    assert [tuple(m.shape) for m in colours.maps] == [(3, 5, 7), (3, 8, 4)]
+
+
+def test_a_patch_has_its_colour_whichever_image_it_is_in():
+    first, second = features((6, 6), (6, 6))
+    second[:, 2, 3] = first[:, 4, 1]
+    colours = pca_colours([first, second]).maps
+    torch.testing.assert_close(colours[0][:, 4, 1], colours[1][:, 2, 3])
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_foreground_is_what_differs_most_and_keeps_off_the_border(sign):
+    maps = features((8, 8), (9, 7))
+    inside = [torch.zeros(m.shape[1:], dtype=torch.bool) for m in maps]
+    for m, place in zip(maps, inside, strict=True):
+        place[2:6, 2:5] = True
+        m[3, place] += sign * 60.0
+    colours = pca_colours(maps, foreground=True)
+    assert all(torch.equal(found, place) for found, place in zip(colours.foreground, inside, strict=True))
+    assert all(place.all() for place in pca_colours(maps).foreground)
+
+
+def test_too_few_patches_for_a_pca_are_explained():
+    with pytest.raises(ValueError, match="3 patches are too few for 3 components"):
+        pca_colours(features((1, 3)))
+
+
+def test_similarity_is_the_cosine_of_each_token_and_patch():
+    (patches,), tokens = features((3, 5)), torch.randn(4, 12)
+    expected = F.cosine_similarity(tokens[:, :, None, None], patches[None], dim=1)
+    torch.testing.assert_close(similarity(tokens, patches), expected)
+
+
+def test_the_similarity_picture_compares_the_patch_under_the_point(mae, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(pictures, "save_sheet", lambda panels, *_, **options: drawn.update(panels, **options))
+    photo = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    seen = pictures.look(mae.encoder, photo, Transform(96, "resize"))
+    pictures.save_similarity([seen], [(70.0, 20.0)], tmp_path / "s.png")
+    found = drawn["point 1"][0]
+    assert found.shape == (60, 90)
+    assert found[20, 70] == pytest.approx(1, abs=1e-5)
+    assert drawn["marks"] == [(70.0, 20.0)]
+
+
+# ------------------------------------------------------------------------------------------- reconstruction
+def test_a_perfect_prediction_reconstructs_the_image(mae, images, monkeypatch):
+    def perfect(pixels, mask_ratio, noise):
+        target = patchify(pixels, 16)
+        mean, std = patch_statistics(target)
+        return MAEOutput(torch.zeros(()), (target - mean) / std, torch.ones(target.shape[:2]))
+
+    monkeypatch.setattr(mae, "forward", perfect)
+    panels = pictures.reconstruct(mae, images)
+    assert (panels["reconstruction"].int() - images.int()).abs().max() <= 1
+    assert (panels["masked"] == pictures.HIDDEN).all()
+
+
+def test_visible_patches_are_pasted_untouched_and_masked_ones_are_grey(mae, images):
+    noise = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]])
+    panels = pictures.reconstruct(mae, images, 0.75, noise)
+    for image, corner in ((0, slice(0, 16)), (1, slice(16, 32))):
+        visible = torch.zeros(32, 32, dtype=torch.bool)
+        visible[corner, corner] = True
+        for panel in ("masked", "pasted"):
+            assert torch.equal(panels[panel][image][:, visible], images[image][:, visible])
+        assert (panels["masked"][image][:, ~visible] == pictures.HIDDEN).all()
+        predicted = panels["reconstruction"][image][:, ~visible]
+        assert torch.equal(panels["pasted"][image][:, ~visible], predicted)
+
+
+def test_draws_of_a_mask_differ_and_can_be_repeated(mae, images, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pictures, "save_sheet", lambda panels, path, names: drawn.append((panels, names)))
+    for _ in range(2):
+        pictures.save_reconstructions(mae, images, "x.png", 0.5, seed=3, draws=3, names=["a", "b"])
+    (first, names), (second, _) = drawn
+    assert names == ["a, draw 1", "a, draw 2", "a, draw 3", "b, draw 1", "b, draw 2", "b, draw 3"]
+    assert all(torch.equal(first[name], second[name]) for name in pictures.PANELS)
+    assert not torch.equal(first["masked"][0], first["masked"][1])
+
+
+@pytest.mark.parametrize("name", ["sweep.gif", "sweep.png"])
+def test_a_sweep_hides_cell_after_cell_and_brings_them_back(name, mae, images, tmp_path, monkeypatch):
+    masked, save_sheet = [], pictures.save_sheet
+
+    def note(panels, *arguments, **options):
+        masked.append((panels["masked"] == pictures.HIDDEN).all(1))
+        save_sheet(panels, *arguments, **options)
+
+    monkeypatch.setattr(pictures, "save_sheet", note)
+    pictures.save_sweep(mae, images[:1], tmp_path / name, names=["a"])
+    shares = [m.float().mean().item() for m in masked]
+    assert shares == pytest.approx([0, 0.25, 0.5, 0.75], abs=0.01)
+    assert all((after | ~before).all() for before, after in itertools.pairwise(masked))
+    with Image.open(tmp_path / name) as animation:
+        assert animation.n_frames == 6
+        assert animation.info["loop"] == 0
+
+
+# --------------------------------------------------------------------------------------------------- sheets
+def test_a_sheet_holds_photographs_and_maps_of_any_shape_and_hostile_names(tmp_path):
+    photos = [torch.zeros(3, 40, 60, dtype=torch.uint8), torch.full((3, 70, 30), 255, dtype=torch.uint8)]
+    maps = [torch.rand(40, 60), torch.rand(70, 30)]
+    sheet = {"image": photos, "$\\frac": maps}
+    names = ["a$b", "<script>"]
+    pictures.save_sheet(sheet, tmp_path / "sheet.png", names, scale="$", marks=[(3.0, 5.0)], title="_$")
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert min(image.size) > 300
+        assert np.asarray(image.convert("L")).std() > 10
+
+
+def test_pictures_of_features_are_drawn_for_photographs_of_several_sizes(mae, tmp_path):
+    rng = np.random.default_rng(0)
+    photos = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((50, 80), (900, 60))]
+    seen = [pictures.look(mae.encoder, photo, Transform(96, "pad")) for photo in photos]
+    assert [tuple(one.photo.shape[1:]) for one in seen] == [(50, 80), (640, 43)]
+    assert 0 < pictures.save_pca(seen, tmp_path / "pca.png", foreground=True, smooth=True) <= 1
+    pictures.save_tokens(seen, tmp_path / "tokens.pdf", names=["a", "b"])
+    assert (tmp_path / "pca.png").stat().st_size > 1000
+    assert (tmp_path / "tokens.pdf").read_bytes().startswith(b"%PDF")
+
+
+# --------------------------------------------------------------------------------------------------- curves
+def log(folder, losses, extra=""):
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        json.dumps({"step": i + 1, "images": 8 * i, "loss": loss, "lr": 1e-3})
+        for i, loss in enumerate(losses)
+    ]
+    (folder / "log.jsonl").write_text("\n".join(rows) + "\n" + extra)
+    return folder
+
+
+def test_curves_are_drawn_of_logs_with_gaps_and_unfinished_lines(tmp_path):
+    first = log(tmp_path / "a_$run", [1.0, None, 0.5], '{"step": 4, "lo')
+    second = log(tmp_path / "b", np.linspace(1, 0, 100).tolist())
+    steps, losses, _ = pictures._read_log(first)
+    np.testing.assert_array_equal(steps, [1, 2, 3])
+    np.testing.assert_array_equal(losses, [1, np.nan, 0.5])
+    pictures.save_curves([first, second / "log.jsonl"], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+@given(
+    st.lists(st.one_of(st.floats(-5, 5), st.just(float("nan"))), min_size=4, max_size=30), st.integers(2, 4)
+)
+def test_a_moving_mean_is_the_mean_of_the_known_neighbours(values, window):
+    found = pictures._moving_mean(np.array(values), window)
+    for i, mean in enumerate(found):
+        known = [value for value in values[i : i + window] if value == value]
+        assert mean == pytest.approx(np.mean(known) if known else 0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no steps yet"),
+        ('{"step": 1}\n', "is no log of a run"),
+        ("[1]\n", "is no log of a run"),
+        ("{\n", "is no log of a run"),
+    ],
+)
+def test_a_log_that_is_none_is_named(text, message, tmp_path):
+    (tmp_path / "log.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=rf"log\.jsonl.* {message}"):
+        pictures.save_curves([tmp_path], io.BytesIO())
+
+
+# --------------------------------------------------------------------------------------------------- report
+@pytest.fixture
+def run(tmp_path, mae):
+    """A run with a checkpoint, an evaluation in it, one beside it, and one of another run."""
+    run = log(tmp_path / "runs/<b>run", [1.0, 0.5])
+    (run / "config.json").write_text(
+        json.dumps({"data_path": "<script>alert(1)</script>", "mask_ratio": 0.5})
+    )
+    (run / "checkpoints").mkdir()
+    config = {"model": "tiny_enc16x1h2_dec16x1h2", "mask_grid": 1}
+    torch.save({"model": mae.state_dict(), "config": config}, run / "checkpoints/step_00000002.pt")
+    (run / "checkpoints/latest").write_text("step_00000002.pt\n")
+    for folder, metric, encoder in (
+        (run / "eval/voc", 11.25, None),
+        (run.parent / "knn", 22.5, str(run / "encoder.pth")),
+        (run.parent / "other", 33.75, str(run.parent / "other/encoder.pth")),
+    ):
+        folder.mkdir(parents=True)
+        results = {"task": "<i>", "pretrained_ckp": encoder, "last": {"miou": metric}}
+        (folder / "results.json").write_text(json.dumps(results))
+    Image.new("RGB", (4, 4)).save(run / "eval/voc/panels.png")
+    (run.parent / "knn/panels.png").write_bytes(b"<script>")
+    return run
+
+
+def test_a_report_holds_curves_reconstructions_settings_and_the_results_of_its_run(run, tmp_path):
+    write_report(run, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == 3
+    assert "50 % of the cells masked" in page
+    assert "<td>11.25</td>" in page
+    assert "<td>22.5</td>" in page
+    assert "33.75" not in page
+    write_report(run, tmp_path / "report.html", results=[run.parent / "other"])
+    assert "<td>33.75</td>" in (tmp_path / "report.html").read_text()
+
+
+def test_a_report_escapes_what_it_read_and_refers_to_nothing_outside(run, tmp_path):
+    write_report(run, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "<b>run" not in page
+    assert "<i>" not in page
+    assert "http:" not in page
+    assert "https:" not in page
+    assert "default-src 'none'" in page
+
+
+def test_a_report_of_a_run_without_decoder_or_configuration_says_so(run, mae, tmp_path):
+    torch.save(mae.encoder.state_dict(), run / "checkpoints/step_00000002.pt")
+    (run / "config.json").unlink()
+    write_report(run, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "has no decoder" in page
+    assert "no config.json" in page
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda run: (run / "log.jsonl").unlink(), "is no run"),
+        (
+            lambda run: (run / "checkpoints/latest").write_text("../../secret.pt"),
+            "not the name of a checkpoint",
+        ),
+        (lambda run: (run / "config.json").write_text("[" * 100_000), "cannot be read as JSON"),
+        (lambda run: (run / "eval/voc/results.json").write_text("[]"), "holds a list"),
+    ],
+)
+def test_a_broken_run_is_explained(spoil, message, run, tmp_path):
+    spoil(run)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        write_report(run, tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_the_photographs_of_a_report_can_be_chosen(run, tmp_path, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(
+        pictures,
+        "save_reconstructions",
+        lambda mae, images, file, ratio, names: (
+            chosen.append((images, names)),
+            Image.new("L", (1, 1)).save(file, "png"),
+        ),
+    )
+    Image.new("RGB", (32, 32), (9, 9, 9)).save(tmp_path / "grey.png")
+    write_report(run, tmp_path / "report.html", images=[str(tmp_path / "grey.png")])
+    ((images, names),) = chosen
+    assert names == ["grey"]
+    assert images.shape == (1, 3, 32, 32)
+    assert (images == 9).all()
