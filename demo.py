@@ -33,7 +33,7 @@ PRETRAIN = f"""
     --model pixio_vitpico16_enc128x6h4_dec128x2h4 --input_size {SIZE}
     --norm_pix_loss --mask_ratio 0.625 --mask_grid 2
     --dataset_type imagenet --data_path {OUT}/tars --crop_scale_min 0.4 --num_workers 1
-    --batch_size 64 --lr 4e-3 --epochs 20 --iters_per_epoch 100 --warmup_epochs 2
+    --batch_size 64 --lr 4e-3 --epochs 15 --iters_per_epoch 100 --warmup_epochs 2
     --log_freq 20 --save_steps 500 --save_minutes 1 --save_freq 0
 """
 DISTILL = f"""

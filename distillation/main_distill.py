@@ -26,14 +26,13 @@ from torch import Tensor
 
 import pixio
 from pixio.data import DataError, Loader, normalise, open_stream
-from pixio.engine.checkpoint import Checkpoints, Interval, read_checkpoint, write_atomic
-from pixio.engine.config import option, parse, save_config
-from pixio.engine.logs import Log
+from pixio.engine.checkpoint import Checkpoints, Interval, read_checkpoint
+from pixio.engine.config import option, parse
 from pixio.engine.optim import set_lr
-from pixio.engine.recipe import TrainConfig
-from pixio.engine.runtime import Runtime, start_runtime
+from pixio.engine.recipe import TrainConfig, check_same_run, run_program, start_log
+from pixio.engine.runtime import Runtime
 from pixio.engine.schedule import warmup_cosine
-from pixio.engine.signals import Stopped, heed_signals
+from pixio.engine.signals import Stopped
 from pixio.engine.step import NonFiniteLoss, apply_gradients, compute_gradients
 
 
@@ -100,7 +99,12 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
     state = checkpoints.load_latest() or (read_checkpoint(config.resume) if config.resume else None)
     start, images = config.start_step, 0
     if state:
-        check_same_run(config, state)
+        if "students" not in state:
+            raise ValueError(
+                f"the checkpoint in {config.resume or config.output_dir} is not of a distillation"
+            )
+        fixed = ("student_models", "teacher_model", "input_size", "n_cls_tokens", "feature_cache")
+        check_same_run(config, state["config"], fixed)
         start, images = state["step"], state["images"]
     if start >= config.total_steps:
         print(f"{output} is finished: {start} of {config.total_steps} steps are done")
@@ -108,6 +112,7 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
 
     # ---- teacher
     teacher = load_teacher(config.teacher_model, config.teacher_pretrained, runtime.device, runtime.dtype)
+    teacher = runtime.wrap(teacher)
     n_cls_tokens = config.n_cls_tokens or teacher.n_cls_tokens or 8
     compared = n_cls_tokens if config.loss_fn_cls != "none" else 0
 
@@ -127,7 +132,8 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
         )
         peak_lr = config.peak_lr(runtime.world_size, i)
         student = Student(encoder, teacher.embed_dim)
-        learners.append(Learner(name, student, lesson, peak_lr, runtime, config.weight_decay, config.compile))
+        options = (config.weight_decay, config.compile, config.grad_checkpointing)
+        learners.append(Learner(name, student, lesson, peak_lr, runtime, *options))
         if state:
             learners[-1].load_state_dict(state["students"][name])
     grid = learners[0].lesson.grid
@@ -151,7 +157,16 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
     del state  # it maps the checkpoint's file
 
     # ---- loop
-    def save(step: int) -> None:
+    def export(part: str, name: str, state: dict) -> dict[str, Tensor]:
+        return Student.part_of(state["students"][name]["model"], part)
+
+    exports = {
+        output / f"{part}_{name}.pth": partial(export, part, name)
+        for part in ("encoder", "projector")
+        for name in config.student_models
+    }
+
+    def save(step: int, wait: bool = True) -> None:
         checkpoints.save(
             step,
             {
@@ -160,11 +175,9 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
                 "images": images,
                 "config": asdict(config),
             },
+            exports,
+            wait,
         )
-        if runtime.is_main:
-            for learner in learners:
-                for part, weights in learner.student.parts().items():
-                    write_atomic(output / f"{part}_{learner.name}.pth", partial(torch.save, weights))
 
     def prepare(batch: dict[str, Tensor]) -> Batch:
         """What all students share: pixels, the teacher's tokens, and one mask if they are to share it."""
@@ -180,19 +193,7 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
             noise = torch.rand(len(pixels), learners[0].lesson.n_cells, device=pixels.device)
         return Batch(pixels, targets, noise)
 
-    if runtime.is_main:
-        output.mkdir(parents=True, exist_ok=True)
-        save_config(config, output / "config.json")
-    log = Log(
-        config.log_dir or output,
-        config.total_steps,
-        runtime.is_main,
-        start_step=start,
-        every=config.log_freq,
-        tensorboard=config.tensorboard,
-        wandb=config.wandb,
-        config=asdict(config),
-    )
+    log = start_log(config, runtime, start)
     interval = Interval(runtime, config.save_steps, config.save_minutes)
     batches = iter(loader)
     for step in range(start, config.total_steps):
@@ -239,40 +240,17 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
             or done == config.total_steps
             or (config.keep_every and done % config.keep_every == 0)
         ):
-            save(done)
+            save(done, wait=stopping or done == config.total_steps)
         if stopping:
             log.close()
             raise Stopped
     log.close()
 
 
-def check_same_run(config: DistillConfig, state: dict) -> None:
-    """Refuse to go on with a run of other students or another teacher."""
-    if "students" not in state:
-        raise ValueError(f"the checkpoint in {config.resume or config.output_dir} is not of a distillation")
-    saved, asked = state["config"], asdict(config)
-    for key in ("student_models", "teacher_model", "input_size", "n_cls_tokens", "feature_cache"):
-        if saved[key] != asked[key]:
-            raise ValueError(
-                f"{config.output_dir} holds a run with {key} {saved[key]}, not {asked[key]}: "
-                "choose another --output_dir"
-            )
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, start, train; a mistake or a failure ends the program with one line."""
     config = parse(DistillConfig, argv, prog="main_distill.py")
-    try:
-        with heed_signals():
-            runtime = start_runtime(
-                config.device, config.dtype, config.world_size, config.local_rank, config.dist_url
-            )
-            try:
-                distill(config, runtime)
-            finally:
-                runtime.close()
-    except (ValueError, OSError, ImportError, DataError, NonFiniteLoss) as error:
-        raise SystemExit(f"main_distill.py: error: {error}") from error
+    run_program("main_distill.py", config, distill, failures=(DataError,))
 
 
 if __name__ == "__main__":

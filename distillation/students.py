@@ -11,6 +11,7 @@ from token_losses import Tokens, token_loss
 from torch import Tensor, nn
 
 from pixio.encoder import PixioViT
+from pixio.engine.checkpoint import restore
 from pixio.engine.optim import make_adamw
 from pixio.engine.runtime import Runtime
 from pixio.layers import init_weights
@@ -51,10 +52,13 @@ class Student(nn.Module):
         n_cls = self.encoder.n_cls_tokens
         return Tokens(tokens[:, :n_cls], tokens[:, n_cls:])
 
-    def parts(self) -> dict[str, dict[str, Tensor]]:
-        """State dicts under the released keys: `encoder`, and beside it `projector` (`last_proj.*`)."""
-        projector = self.last_proj.state_dict(prefix="last_proj.")
-        return {"encoder": self.encoder.state_dict(), "projector": projector}
+    @staticmethod
+    def part_of(weights: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+        """Of a `state_dict()`, the `encoder` or the `projector` (`last_proj.*`) under the released keys."""
+        if part == "projector":
+            return {name: weights[name] for name in weights if name.startswith("last_proj.")}
+        names = [name for name in weights if name.startswith("encoder.")]
+        return {name.removeprefix("encoder."): weights[name] for name in names}
 
 
 class Batch(NamedTuple):
@@ -127,6 +131,7 @@ class Learner:
         runtime: the ranks.
         weight_decay: of its optimiser.
         compiled: compile it.
+        recompute: activations, see `Runtime.wrap`.
     """
 
     def __init__(
@@ -138,9 +143,10 @@ class Learner:
         runtime: Runtime,
         weight_decay: float,
         compiled: bool = False,
+        recompute: bool = False,
     ):
         self.name, self.student, self.lesson, self.peak_lr = name, student, lesson, peak_lr
-        self.model = runtime.wrap(student).train()
+        self.model = runtime.wrap(student, recompute).train()
         self.optimizer = make_adamw(student, peak_lr, weight_decay=weight_decay)
         self.scaler = runtime.make_scaler()
         if compiled:
@@ -156,6 +162,5 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
-        self.student.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore(self.student, self.optimizer, state)
         self.scaler.load_state_dict(state["scaler"])

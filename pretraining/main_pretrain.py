@@ -20,13 +20,12 @@ from torch import Tensor, nn
 import pixio
 from pixio.data import DataError, Loader, normalise, open_stream
 from pixio.engine.checkpoint import Checkpoints, Interval, read_checkpoint, restore
-from pixio.engine.config import option, parse, save_config
-from pixio.engine.logs import Log
+from pixio.engine.config import option, parse
 from pixio.engine.optim import make_adamw, set_lr
-from pixio.engine.recipe import TrainConfig
-from pixio.engine.runtime import Runtime, start_runtime
+from pixio.engine.recipe import TrainConfig, check_same_run, run_program, save_report, start_log
+from pixio.engine.runtime import Runtime
 from pixio.engine.schedule import warmup_cosine
-from pixio.engine.signals import Stopped, heed_signals
+from pixio.engine.signals import Stopped
 from pixio.engine.step import NonFiniteLoss, accumulate
 
 
@@ -80,7 +79,7 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
     state = checkpoints.load_latest() or (read_checkpoint(config.resume) if config.resume else None)
     start, images = config.start_step, 0
     if state:
-        check_same_model(config, state["config"])
+        check_same_run(config, state["config"], ("model", "input_size", "n_cls_tokens"))
         start, images = state["step"], state["images"]
         restore(mae, optimizer, state)
         scaler.load_state_dict(state["scaler"])
@@ -114,24 +113,13 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
             exports={output / "encoder.pth": encoder_of},
             wait=wait,
         )
+        save_report(config, runtime, loader.report())
 
     def loss_fn(model: nn.Module, pixels: Tensor) -> Tensor:
         pixels = normalise(pixels.to(runtime.device, non_blocking=True))
         return model(pixels, config.mask_ratio).loss
 
-    if runtime.is_main:
-        output.mkdir(parents=True, exist_ok=True)
-        save_config(config, output / "config.json")
-    log = Log(
-        config.log_dir or output,
-        config.total_steps,
-        runtime.is_main,
-        start_step=start,
-        every=config.log_freq,
-        tensorboard=config.tensorboard,
-        wandb=config.wandb,
-        config=asdict(config),
-    )
+    log = start_log(config, runtime, start)
     interval = Interval(runtime, config.save_steps, config.save_minutes)
     batches = iter(loader)
     model.train()
@@ -179,35 +167,10 @@ def encoder_of(state: dict) -> dict[str, Tensor]:
     return {name.removeprefix("encoder."): state["model"][name] for name in names}
 
 
-def check_same_model(config: PretrainConfig, saved: dict) -> None:
-    """Refuse to go on with a run of another model."""
-    for key in ("model", "input_size", "n_cls_tokens"):
-        if saved[key] != getattr(config, key):
-            raise ValueError(
-                f"{config.output_dir} holds a run with {key} {saved[key]}, not {getattr(config, key)}: "
-                "choose another --output_dir"
-            )
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, start, train; a mistake or a failure ends the program with one line."""
     config = parse(PretrainConfig, argv, prog="main_pretrain.py")
-    try:
-        with heed_signals():
-            runtime = start_runtime(
-                config.device,
-                config.dtype,
-                config.world_size,
-                config.local_rank,
-                config.dist_url,
-                config.parallel,
-            )
-            try:
-                pretrain(config, runtime)
-            finally:
-                runtime.close()
-    except (ValueError, OSError, DataError, NonFiniteLoss) as error:
-        raise SystemExit(f"main_pretrain.py: error: {error}") from error
+    run_program("main_pretrain.py", config, pretrain, failures=(DataError,))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ PartitionName=main Nodes=n1,n2 Default=YES
 PartitionName=low Nodes=n3 PriorityTier=1 GraceTime=60
 PartitionName=high Nodes=n3 PriorityTier=2
 """
-NODE = "NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={port} CPUs=256 RealMemory=2000000 Gres=gpu:8\n"
+NODE = "NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={port} "
+NODE += "CPUs=256 RealMemory=2000000 Gres=gpu:8\n"
 
 
 def available() -> bool:

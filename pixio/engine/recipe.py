@@ -1,9 +1,17 @@
 """Settings every training program shares: data, optimisation, run, machine; the release's flag names."""
 
-from dataclasses import dataclass
-from typing import Any, Literal
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
-from pixio.engine.config import option
+from pixio.engine.checkpoint import write_atomic
+from pixio.engine.config import option, save_config
+from pixio.engine.logs import Log
+from pixio.engine.runtime import Runtime, start_runtime
+from pixio.engine.signals import heed_signals
+from pixio.engine.step import NonFiniteLoss
 
 
 @dataclass(frozen=True)
@@ -103,3 +111,74 @@ class TrainConfig:
         names = ("dataset_type", "data_path", "json_path", "soft_sampling", "hist_thresh", "imgres_thresh")
         options = {name: getattr(self, name) for name in (*names, "batch_size", "seed", "decode")}
         return options | {"size": self.input_size, "crop_scale": (self.crop_scale_min, 1.0)}
+
+
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+def run_program(
+    prog: str,
+    config: Config,
+    body: Callable[[Config, Runtime], None],
+    failures: tuple[type[Exception], ...] = (),
+) -> None:
+    """Join the ranks a configuration asks for, run `body(config, runtime)`, and leave.
+
+    A user's mistake or a failure ends the program with one line and exit status 1.
+
+    Args:
+        prog: name of the program in messages.
+        config: the program's configuration.
+        body: the training itself.
+        failures: exceptions, beside the engine's own, whose message is all a user needs.
+    """
+    try:
+        with heed_signals():
+            launcher = (config.world_size, config.local_rank, config.dist_url)
+            runtime = start_runtime(config.device, config.dtype, *launcher, config.parallel)
+            try:
+                body(config, runtime)
+            finally:
+                runtime.close()
+    except (ValueError, OSError, ImportError, NonFiniteLoss, *failures) as error:
+        raise SystemExit(f"{prog}: error: {error}") from error
+
+
+def start_log(config: TrainConfig, runtime: Runtime, start_step: int) -> Log:
+    """Open the run's log and write the resolved configuration beside its results."""
+    if runtime.is_main:
+        output = Path(config.output_dir)
+        output.mkdir(parents=True, exist_ok=True)
+        save_config(config, output / "config.json")
+    return Log(
+        config.log_dir or config.output_dir,
+        config.total_steps,
+        runtime.is_main,
+        start_step=start_step,
+        every=config.log_freq,
+        tensorboard=config.tensorboard,
+        wandb=config.wandb,
+        config=asdict(config),
+    )
+
+
+def save_report(config: TrainConfig, runtime: Runtime, report: dict[str, Any]) -> None:
+    """Collective: write what every rank's loader met, damaged files by name, to `data_report.json`."""
+    reports = runtime.gather(report)
+    if runtime.is_main:
+        text = json.dumps(reports, indent=2)
+        write_atomic(Path(config.output_dir) / "data_report.json", lambda file: file.write(text.encode()))
+
+
+def check_same_run(config: TrainConfig, saved: dict[str, Any], keys: tuple[str, ...]) -> None:
+    """Refuse to go on with a run whose saved configuration differs in one of `keys`.
+
+    Raises:
+        ValueError: it does; the message names both values.
+    """
+    for key in keys:
+        if saved[key] != (here := asdict(config)[key]):
+            raise ValueError(
+                f"{config.output_dir} holds a run with {key} {saved[key]}, not {here}: "
+                "choose another --output_dir"
+            )

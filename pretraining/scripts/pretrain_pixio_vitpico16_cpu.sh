@@ -15,6 +15,6 @@ python main_pretrain.py \
     --norm_pix_loss --mask_ratio 0.625 --mask_grid 2 \
     --dataset_type scenes --input_size 128 --crop_scale_min 0.5 --num_workers 1 \
     --batch_size 64 --lr 4e-3 --weight_decay 0.05 \
-    --epochs 20 --iters_per_epoch 100 --warmup_epochs 2 --save_freq 0 --save_minutes 2 \
+    --epochs 15 --iters_per_epoch 100 --warmup_epochs 2 --save_freq 0 --save_minutes 2 \
     --output_dir runs/pixio_vitpico16_cpu \
     "$@"
