@@ -40,7 +40,7 @@ DISTILL = f"""
     distillation/main_distill.py --output_dir {OUT}/distill
     --teacher_model pixio_vitpico16 --teacher_pretrained {OUT}/pretrain/encoder.pth --student_models
     pixio_vitfemto16 --dataset_type imagenet --data_path {OUT}/tars --crop_scale_min 0.4 --num_workers 1
-    --input_size {SIZE} --batch_size 64 --lr 4e-3 --epochs 4 --iters_per_epoch 100 --warmup_epochs 1
+    --input_size {SIZE} --batch_size 64 --lr 4e-3 --epochs 2 --iters_per_epoch 100 --warmup_epochs 1
     --log_freq 20 --save_steps 0 --save_minutes 1 --save_freq 0
 """
 EVALUATIONS = {  # name -> (program, the metric shown, its flags)
@@ -56,7 +56,7 @@ EVALUATIONS = {  # name -> (program, the metric shown, its flags)
         f"--config evaluation/semseg/configs/ade20k_linear.yaml --data_root {OUT}/ade20k",
     ),
 }
-DENSE = f"--crop_size {SIZE} --epochs 3 --eval_freq 3 --batch_size 4 --batches_per_step 1 --lr 1e-3"
+DENSE = f"--crop_size {SIZE} --epochs 2 --eval_freq 2 --batch_size 4 --batches_per_step 1 --lr 1e-3"
 
 
 def main() -> None:

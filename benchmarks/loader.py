@@ -4,10 +4,10 @@
     python benchmarks/loader.py --photos DIR        photographs of one's own (jpg, png) instead
 
 The plain path is what a short script does: webdataset, Pillow, torchvision's RandomResizedCrop (bicubic),
-ToTensor, Normalize, default collation. It ends in float32 batches; ours ends in uint8 batches, which the device
-normalises, at next to no cost on a GPU. Both read 256-pixel crops in this process, and processor time is
-counted, so that other work on the machine does not disturb the ratio. Decoding whole images alone, the floor
-of a loader without partial decoding, is printed beside.
+ToTensor, Normalize, default collation. It ends in float32 batches; ours ends in uint8 batches, which the
+device normalises, at next to no cost on a GPU. Both read 256-pixel crops in this process, and processor time
+is counted, so that other work on the machine does not disturb the ratio. Decoding whole images alone, the
+floor of a loader without partial decoding, is printed beside.
 """
 
 import argparse

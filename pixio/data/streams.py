@@ -14,6 +14,7 @@ Guarantees, for as long as the data set and the seed stay the same:
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
 import re
 import signal
@@ -534,8 +535,8 @@ class Loader:
         while True:
             try:
                 batch = next(batches)
-            except RuntimeError as error:
-                dead = " and ".join(_find_dead(error, places))
+            except (RuntimeError, OSError, EOFError) as error:
+                dead = " and ".join(_find_dead(places))
                 if not dead:
                     raise
                 raise DataError(
@@ -625,11 +626,11 @@ def _deaths_met_by_the_reader() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
 
-def _find_dead(error: RuntimeError, places: Sequence[_Place]) -> list[str]:
-    """What the worker processes were reading whose death is what `error` is about."""
-    found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
-    pids = [int(pid) for pid in found[1].split(",")] if found else []
-    return [str(place) for place in places if place.pid in pids]
+def _find_dead(places: Sequence[_Place]) -> list[str]:
+    """What those worker processes were reading that are no more."""
+    time.sleep(1)  # a dying process closes its connections a moment before it is gone
+    alive = {os.getpid(), *(child.pid for child in multiprocessing.active_children())}
+    return [str(place) for place in places if place.pid and place.pid not in alive]
 
 
 def _past_to_plain(past: Past | None) -> dict[str, Any] | None:
