@@ -56,7 +56,7 @@ EVALUATIONS = {  # name -> (program, the metric shown, its flags)
         f"--config evaluation/semseg/configs/ade20k_linear.yaml --data_root {OUT}/ade20k",
     ),
 }
-DENSE = f"--crop_size {SIZE} --epochs 2 --eval_freq 2 --batch_size 4 --batches_per_step 1 --lr 1e-3"
+DENSE = f"--crop_size {SIZE} --epochs 2 --eval_freq 2 --batch_size 4 --batches_per_step 1 --lr 1e-2"
 
 
 def main() -> None:

@@ -18,7 +18,6 @@ except ImportError:  # no wheel for this platform
     simplejpeg = None
 
 _BASELINE, _PROGRESSIVE = (0xC0, 0xC1), (0xC2,)
-_MAX_BLOCK_ROWS = 32  # rows of the tallest minimum coded unit that the format allows
 
 
 class Frame(NamedTuple):
@@ -28,6 +27,7 @@ class Frame(NamedTuple):
     height: int
     baseline: bool  # one pass from top to bottom, which can stop early
     at: int  # offset of the frame header
+    unit: int  # rows that are coded together
     exif: bytes | None
 
 
@@ -40,9 +40,13 @@ def read_frame(data: bytes) -> Frame | None:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
         if marker in _BASELINE + _PROGRESSIVE:
             height, width = (int.from_bytes(data[at + i : at + i + 2], "big") for i in (5, 7))
-            if data[at + 4] != 8 or data[at + 9] not in (1, 3) or not height or not width:
+            samplings = data[
+                at + 11 : at + 10 + 3 * data[at + 9] : 3
+            ]  # of each channel: horizontal, vertical
+            if data[at + 4] != 8 or len(samplings) not in (1, 3) or not height or not width:
                 return None
-            return Frame(width, height, marker in _BASELINE, at, exif)
+            unit = 8 * max(1, *(sampling & 15 for sampling in samplings))
+            return Frame(width, height, marker in _BASELINE, at, unit, exif)
         if not (0xC4 <= marker <= 0xFE) or 0xD0 <= marker <= 0xDA:  # a frame of another kind, or no segment
             return None
         if marker == 0xE1:
@@ -65,7 +69,7 @@ def decode_rows(data: bytes, frame: Frame, bottom: int, reduction: int) -> np.nd
         uint8 [H, W, 3], RGB: at least the rows asked for and all columns, each side divided by `reduction`
         and rounded up. None when libjpeg complains about the data.
     """
-    rows = -(-bottom // _MAX_BLOCK_ROWS) * _MAX_BLOCK_ROWS
+    rows = -(-bottom // frame.unit) * frame.unit
     if shortened := frame.baseline and rows < frame.height:
         data = data[: frame.at + 5] + rows.to_bytes(2, "big") + data[frame.at + 7 :]
     height, width = (-(-side // reduction) for side in (rows if shortened else frame.height, frame.width))

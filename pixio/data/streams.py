@@ -306,7 +306,8 @@ class Stream:
         """Read as one consumer of a plan, from a position on, without end; `place` follows what is read.
 
         Yields:
-            `images` uint8 [B, 3, S, S], `position` after them, `counts` and `errors` since the last batch.
+            `images` uint8 [B, 3, S, S] in channels-last memory, `position` after them, `counts` and `errors`
+            since the last batch.
 
         Raises:
             DataError: too many failures, or nothing to read.
@@ -315,7 +316,9 @@ class Stream:
         images, filled = None, 0
         for image, position in self._visits(plan, consumer, start, tally):
             if images is None:
-                images = torch.empty(self.batch_size, 3, self.size, self.size, dtype=torch.uint8)
+                shape = (self.batch_size, 3, self.size, self.size)
+                # the order in which pixels are decoded: transposing them would cost as much as resizing
+                images = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
             images[filled] = image
             filled += 1
             if filled == self.batch_size:
