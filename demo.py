@@ -82,6 +82,8 @@ def main() -> None:
     run(f"-m pixio curves {OUT}/pretrain --output {OUT}/loss.png")
     flags = f"--checkpoint {checkpoint} --mask_ratio 0.625 --output {OUT}/reconstruction.png"
     run(f"-m pixio reconstruct {photos} {flags}")
+    few = " ".join(photos.split()[:4])
+    run(f"-m pixio pca {few} --pretrained {encoder} --size {2 * SIZE} --smooth --output {OUT}/pca.png")
 
     step("4. Extract features")
     run(f"-m pixio features {photos} --pretrained {encoder} --size {SIZE} --output {OUT}/features.npz")
@@ -104,7 +106,9 @@ def main() -> None:
     results = {"probes": probes, "protocol": protocol}
     write_atomic(OUT / "tables.json", lambda file: file.write(json.dumps(results, indent=2).encode()))
     write_atomic(OUT / "tables.md", lambda file: file.write(tables.encode()))
-    print(f"\n{tables}\nIn {OUT}: loss.png, reconstruction.png, features.npz, tables.md, evaluation/*/*.png")
+    print(
+        f"\n{tables}\nIn {OUT}: loss.png, reconstruction.png, pca.png, features.npz, tables.md, evaluation/*/"
+    )
 
 
 def evaluate(name: str, encoder: str) -> dict[str, float]:
