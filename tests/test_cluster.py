@@ -298,9 +298,9 @@ def run_jobs(folder: Path) -> dict[str, dict]:
         paced += ["--epochs", "2", "--iters_per_epoch", STEPS // 2, "--save_steps", "3", "--timeout", "60"]
         spread, together = [*paced, "--nodes", "2", "--ngpus", "1"], [*paced, "--nodes", "1", "--ngpus", "2"]
         jobs.submit("limited", *spread, "--timeout", "1", "--warning", "30", "--save_steps", "0", PACE="3")
-        jobs.submit("preempted", *together, "--partition", "low", "--save_steps", "0")
-        jobs.submit("requeued", *spread)
-        jobs.submit("killed", *spread)
+        jobs.submit("preempted", *together, "--partition", "low", "--save_steps", "0", PACE="3")
+        jobs.submit("requeued", *spread, PACE="3")
+        jobs.submit("killed", *spread, PACE="3")
         jobs.wait_for_step("preempted", 4)
         cluster.call("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
         jobs.wait_for_step("requeued", 4)
