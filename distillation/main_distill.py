@@ -154,7 +154,6 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
         )
     if config.compile:
         teacher = torch.compile(teacher)
-    del state  # it maps the checkpoint's file
 
     # ---- loop
     def export(part: str, name: str, state: dict) -> dict[str, Tensor]:

@@ -23,13 +23,14 @@ from tqdm import tqdm
 
 from pixio.adaptors import depth_of, fingerprint, load_encoder
 from pixio.data import normalise
-from pixio.engine.checkpoint import Checkpoints, Interval, read_checkpoint, write_atomic
+from pixio.engine.checkpoint import Checkpoints, Interval, restore, write_atomic
 from pixio.engine.config import option
 from pixio.engine.logs import Log
 from pixio.engine.optim import set_lr
 from pixio.engine.runtime import Runtime, start_runtime
 from pixio.engine.schedule import poly
 from pixio.engine.step import NonFiniteLoss, accumulate
+from pixio.weights import read_file
 
 
 # ---------------------------------------------------------------------------------------------- configuration
@@ -230,7 +231,7 @@ def read_head(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: no such file, or not a head.
     """
-    trained = read_checkpoint(path)
+    trained = read_file(path)
     identity = trained.get("identity")
     if not isinstance(identity, dict) or identity.get("head") not in KINDS:
         raise ValueError(
@@ -339,10 +340,8 @@ def train_head(bench: Bench, train: Pairs) -> list[dict[str, Any]]:
         what = f"{bench.output} holds a run with"
         check_same(state["setting"], setting, what, "choose another --output_dir")
         start, rows, seconds = state["step"], state["rows"], state["seconds"]
-        head.load_state_dict(state["head"])
-        optimizer.load_state_dict(state["optimizer"])
+        restore(head, optimizer, state)
         scaler.load_state_dict(state["scaler"])
-    del state  # it maps the checkpoint's file
     began = time.monotonic() - seconds
 
     # ---- loop
@@ -350,7 +349,7 @@ def train_head(bench: Bench, train: Pairs) -> list[dict[str, Any]]:
         checkpoints.save(
             step,
             {
-                "head": head.state_dict(),
+                "model": head.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),
                 "rows": rows,

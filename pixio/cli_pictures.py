@@ -106,7 +106,7 @@ def similarity(images: list[str], point: list[list[float]], smooth: bool, output
 
 
 def _add_reconstruct(add) -> None:
-    parser = add(reconstruct, "a.jpg b.jpg --checkpoint runs/x/checkpoints/step_00001000.pt")
+    parser = add(reconstruct, "a.jpg b.jpg --checkpoint runs/x/checkpoints/step_00001000")
     parser.add_argument("images", nargs="+", help="image files")
     parser.add_argument("--checkpoint", required=True, help="training checkpoint (encoder and decoder)")
     parser.add_argument(

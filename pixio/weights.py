@@ -36,17 +36,22 @@ _HARMLESS = [  # the arguments in the release's checkpoints; Python 3.13 renamed
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """Read a `.safetensors` or a torch file, memory-mapped where possible, without executing anything in it.
+    """Read a `.safetensors`, a torch file or one of our checkpoints, without executing anything in it.
 
     Returns:
-        The file's top-level mapping. Beside tensors and plain containers a pickle may hold only
-        `argparse.Namespace` and paths.
+        The file's top-level mapping, memory-mapped where possible. Beside tensors and plain containers a
+        pickle may hold only `argparse.Namespace` and paths. Of a checkpoint only `model` is read whole.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: truncated, not a weight file, or holding objects that are not weights.
     """
     path = Path(path).expanduser()
+    if _is_checkpoint(path):
+        from pixio.engine.checkpoint import fetch, read_checkpoint  # only who has trained needs the engine
+
+        content = read_checkpoint(path, verify=slice(0))
+        return {**content, "model": fetch(content["model"])} if "model" in content else content
     if not path.is_file():
         raise FileNotFoundError(f"no weight file at {path}" + (" (it is a folder)" if path.is_dir() else ""))
     try:
@@ -70,6 +75,10 @@ def read_file(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a state dict or a checkpoint")
     return content
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / "state.pt").is_file()
 
 
 def _read_safetensors(path: Path) -> State:
@@ -129,7 +138,7 @@ def read_encoder(source: str | Path) -> tuple[State, int | None]:
     path = Path(source).expanduser()
     if not path.exists() and _HUB_ID.fullmatch(str(source)) and path.suffix not in _SUFFIXES:
         path = _download(str(source))
-    if not path.is_dir():
+    if not path.is_dir() or _is_checkpoint(path):
         content = read_file(path)
         named = parse_heads(str(_training_config(content).get("model", ""))).get("encoder")
         return split_state(content, source)[0], named and named[2]

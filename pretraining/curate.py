@@ -1,6 +1,6 @@
 """Score web images for self-curation (paper, section 4), and look at what the scores keep and drop.
 
-    python curate.py --data_path tars --json_path stats --checkpoint runs/first/checkpoints/step_00100000.pt
+    python curate.py --data_path tars --json_path stats --checkpoint runs/first/checkpoints/step_00100000
     torchrun --nproc_per_node 8 curate.py …                     tars are shared out over the ranks
     python curate.py --data_path tars --json_path stats --only size,entropy              no model needed
     python curate.py report --data_path tars --json_path stats --output report

@@ -96,7 +96,6 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
         pin_memory=config.pin_mem and runtime.pins_memory,
         state=state["data"] if state else None,
     )
-    del state  # it maps the checkpoint's file
 
     # ---- loop
     def save(step: int, wait: bool = True) -> None:

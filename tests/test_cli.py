@@ -16,6 +16,8 @@ from PIL import Image
 import pixio
 from pixio import cli, cli_pictures
 from pixio.cli import main
+from pixio.engine.checkpoint import Checkpoints
+from pixio.engine.runtime import Runtime
 
 COMMANDS = {
     "info": cli,
@@ -42,10 +44,8 @@ def here(tmp_path_factory):
     torch.manual_seed(0)
     encoder = pixio.PixioViT(img_size=32, embed_dim=16, depth=2, num_heads=2)
     mae = pixio.PixioMAE(encoder, 16, 1, 2, mask_grid=1)
-    (root / "run/checkpoints").mkdir(parents=True)
     content = {"model": mae.state_dict(), "config": {"model": "tiny_enc16x2h2_dec16x1h2", "mask_grid": 1}}
-    torch.save(content, root / "run/checkpoints/step_00000001.pt")
-    (root / "run/checkpoints/latest").write_text("step_00000001.pt\n")
+    Checkpoints(root / "run/checkpoints", Runtime(torch.device("cpu"))).save(1, content)
     (root / "run/log.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0, "lr": 0.1}) + "\n")
     torch.save(encoder.state_dict(), root / "encoder.pth")
     torch.save(pixio.pixio_vitpico16().state_dict(), root / "pico.pth")
@@ -140,13 +140,13 @@ except SystemExit:
         ("similarity a.png --pretrained encoder.pth --num_heads 2", "--point"),
         ("similarity a.png --pretrained encoder.pth --num_heads 2 --point 60 5", "outside the image"),
         ("reconstruct a.png --checkpoint encoder.pth", "no decoder"),
-        ("reconstruct a.png --checkpoint run/checkpoints/step_00000001.pt --sweep --output x.pdf", "--sweep"),
-        ("reconstruct a.png --checkpoint run/checkpoints/step_00000001.pt --output x.gif", "--sweep"),
+        ("reconstruct a.png --checkpoint run/checkpoints/step_00000001 --sweep --output x.pdf", "--sweep"),
+        ("reconstruct a.png --checkpoint run/checkpoints/step_00000001 --output x.gif", "--sweep"),
         (
-            "reconstruct a.png --checkpoint run/checkpoints/step_00000001.pt --draws 0",
+            "reconstruct a.png --checkpoint run/checkpoints/step_00000001 --draws 0",
             "0 is no whole number above 0",
         ),
-        ("reconstruct a.png --checkpoint run/checkpoints/step_00000001.pt --mask_ratio 2", "mask_ratio 2.0"),
+        ("reconstruct a.png --checkpoint run/checkpoints/step_00000001 --mask_ratio 2", "mask_ratio 2.0"),
         ("curves nowhere", "nowhere"),
         ("report nowhere", "has no log.jsonl"),
         ("plan pixio_vitpico16 --gpu_memory 0", "must be positive"),
@@ -225,7 +225,7 @@ def test_pictures_of_features_are_written(command, here, capsys):
 
 
 def test_reconstruct_curves_and_report_tell_of_a_run(here, capsys):
-    main(shlex.split("reconstruct a.png b.png --checkpoint run/checkpoints/step_00000001.pt --draws 2"))
+    main(shlex.split("reconstruct a.png b.png --checkpoint run/checkpoints/step_00000001 --draws 2"))
     main(shlex.split("curves run --output curves.pdf"))
     main(shlex.split("report run --images a.png"))
     assert capsys.readouterr().out.count("->") == 3

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import pixio
 from pixio.adaptors import load_encoder
 from pixio.data import decode, normalise, open_stream, resize_centre_crop
 from pixio.data.scene_trees import write_tree
+from pixio.engine.checkpoint import Checkpoints, fetch, read_checkpoint
 from pixio.engine.runtime import Runtime, start_runtime
 from pixio.engine.step import NonFiniteLoss, apply_gradients, compute_gradients
 
@@ -64,7 +66,7 @@ def log_of(folder: Path) -> list[dict]:
 
 def checkpoint_of(folder: Path) -> dict:
     name = (folder / "checkpoints" / "latest").read_text().strip()
-    return torch.load(folder / "checkpoints" / name, weights_only=True)
+    return fetch(read_checkpoint(folder / "checkpoints" / name))
 
 
 def assert_equal_states(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
@@ -265,6 +267,9 @@ def test_resumed_run_equals_uninterrupted_run(folder, masked_run, tmp_path, monk
 
     def apply_until_killed(*args):
         if next(steps, None) is None:
+            pointer = tmp_path / "killed" / "checkpoints" / "latest"
+            while pointer.read_text().strip() != "step_00000004":
+                time.sleep(0.01)  # it is written in the background
             raise Killed
         return apply_gradients(*args)
 
@@ -423,9 +428,9 @@ def test_mistakes_are_one_clear_line_and_write_nothing(folder, tmp_path, capsys,
 
 
 def test_a_pretraining_checkpoint_is_not_taken_for_a_distillation(folder, tmp_path):
-    torch.save({"step": 1, "images": 4, "config": {}, "model": {}}, tmp_path / "other.pt")
-    with pytest.raises(SystemExit, match=r"other\.pt is not of a distillation"):
-        run(folder, "--resume", tmp_path / "other.pt", "--output_dir", tmp_path / "run")
+    Checkpoints(tmp_path, Runtime(torch.device("cpu"))).save(1, {"images": 4, "config": {}, "model": {}})
+    with pytest.raises(SystemExit, match=r"step_00000001 is not of a distillation"):
+        run(folder, "--resume", tmp_path / "step_00000001", "--output_dir", tmp_path / "run")
 
 
 def test_class_tokens_may_differ_when_they_are_not_compared(folder, tmp_path):

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Literal
 
 import pytest
+import safetensors.torch
 import torch
 import torch.multiprocessing as mp
 import yaml
@@ -24,7 +25,7 @@ from torch import nn
 
 from pixio.engine import checkpoint as checkpoint_module
 from pixio.engine import logs as logs_module
-from pixio.engine.checkpoint import Checkpoints, Interval, read_checkpoint, write_atomic
+from pixio.engine.checkpoint import Checkpoints, Interval, fetch, read_checkpoint, restore, write_atomic
 from pixio.engine.config import option, parse, save_config
 from pixio.engine.logs import Log
 from pixio.engine.optim import make_adamw, set_lr
@@ -494,8 +495,9 @@ def test_memory_is_a_plausible_number_of_gib():
 # --- files --------------------------------------------------------------------------------------------------
 
 KILL_AND_STARVE = """
-import os, resource, signal, sys
+import os, resource, shutil, signal, sys
 from pathlib import Path
+import safetensors.torch
 import torch
 from pixio.engine import checkpoint
 from pixio.engine.runtime import Runtime
@@ -512,9 +514,14 @@ def child(folder, act):
     return os.waitpid(pid, 0)[1]
 
 def while_writing(checkpoints):
-    def save(state, file):
-        file.write(b"half"); file.flush(); die()
-    torch.save = save
+    def save(tensors):
+        (checkpoints.folder / ".step_00000002.tmp" / "half").touch()
+        die()
+    safetensors.torch.save = save
+    checkpoints.save(2, {"value": torch.ones(3)})
+
+def before_completing(checkpoints):
+    torch.save = die
     checkpoints.save(2, {"value": torch.ones(3)})
 
 def before(target):
@@ -531,9 +538,15 @@ def starve(checkpoints):
     except OSError as error:
         (checkpoints.folder / "message").write_text(str(error))
 
+def while_removing(checkpoints):
+    checkpoints.keep_newest = 1
+    shutil.rmtree = die
+    checkpoints.save(2, {"value": torch.ones(3)})
+
 root = Path(sys.argv[1])
-for name, act in {"while_writing": while_writing, "before_renaming": before("step_00000002.pt"),
-                  "before_pointing": before("latest")}.items():
+for name, act in {"while_writing": while_writing, "before_completing": before_completing,
+                  "before_renaming": before("step_00000002"), "before_pointing": before("latest"),
+                  "while_removing": while_removing}.items():
     assert os.WTERMSIG(child(root / name, act)) == signal.SIGKILL
 assert child(root / "starved", starve) == 0
 """
@@ -541,20 +554,23 @@ assert child(root / "starved", starve) == 0
 
 @pytest.fixture(scope="module")
 def mistreated(tmp_path_factory) -> Path:
-    """Folders of runs that were killed at three instants of a save, and of one whose disk refused."""
+    """Folders of runs that were killed at several instants of a save, and of one whose disk refused."""
     root = tmp_path_factory.mktemp("mistreated")
     subprocess.run([sys.executable, "-c", KILL_AND_STARVE, str(root)], check=True, timeout=120)
     return root
 
 
-@pytest.mark.parametrize("instant", ["while_writing", "before_renaming", "before_pointing"])
-def test_a_kill_during_a_save_leaves_the_checkpoint_before_it(mistreated, instant):
-    state = Checkpoints(mistreated / instant, ALONE).load_latest()
-    assert state["step"] == 1
+INSTANTS = ["while_writing", "before_completing", "before_renaming", "before_pointing", "while_removing"]
+
+
+@pytest.mark.parametrize("instant", INSTANTS)
+def test_a_kill_during_a_save_leaves_the_newest_complete_checkpoint(mistreated, instant):
+    state = fetch(Checkpoints(mistreated / instant, ALONE).load_latest())
+    assert state["step"] == (2 if instant == "while_removing" else 1)
     assert torch.equal(state["value"], torch.ones(3))
 
 
-@pytest.mark.parametrize("instant", ["while_writing", "before_renaming", "before_pointing"])
+@pytest.mark.parametrize("instant", INSTANTS)
 def test_what_a_kill_left_is_removed_by_the_next_save(mistreated, instant):
     checkpoints = Checkpoints(mistreated / instant, ALONE, keep_newest=5)
     assert list(checkpoints.folder.glob(".*.tmp"))
@@ -572,14 +588,14 @@ def test_a_disk_that_refuses_is_reported_and_costs_nothing(mistreated):
 
 
 def saved_steps(checkpoints: Checkpoints) -> list[str]:
-    return sorted(path.name for path in checkpoints.folder.glob("step_*.pt"))
+    return sorted(path.name for path in checkpoints.folder.glob("step_*"))
 
 
 def test_the_newest_and_every_nth_checkpoint_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path, ALONE, keep_newest=2, keep_every=40)
     for step in range(10, 101, 10):
         checkpoints.save(step, {})
-    assert saved_steps(checkpoints) == [f"step_{step:08d}.pt" for step in (40, 80, 90, 100)]
+    assert saved_steps(checkpoints) == [f"step_{step:08d}" for step in (40, 80, 90, 100)]
 
 
 def test_nothing_is_pruned_before_the_new_checkpoint_is_pointed_to(tmp_path, monkeypatch):
@@ -602,10 +618,28 @@ def test_going_back_by_the_pointer_never_prunes_the_step_just_saved(tmp_path):
     checkpoints = Checkpoints(tmp_path, ALONE, keep_newest=2)
     for step in (10, 20, 30):
         checkpoints.save(step, {})
-    (tmp_path / "latest").write_text("step_00000020.pt\n")
+    (tmp_path / "latest").write_text("step_00000020\n")
     checkpoints.save(25, {})
     assert checkpoints.load_latest()["step"] == 25
-    assert "step_00000020.pt" in saved_steps(checkpoints)
+    assert "step_00000020" in saved_steps(checkpoints)
+
+
+def test_a_step_saved_again_takes_the_place_of_the_first(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, ALONE, keep_newest=2, keep_every=1)
+    for step in (10, 20):
+        checkpoints.save(step, {"attempt": 1})
+    pointed_to = []
+    real = os.replace
+    monkeypatch.setattr(
+        os, "replace", lambda *names: (pointed_to.append(checkpoints.load_latest()["attempt"]), real(*names))
+    )
+    checkpoints.save(20, {"attempt": 2})
+    assert set(pointed_to) == {1, 2}  # at no instant does the pointer lead nowhere
+    assert checkpoints.load_latest()["attempt"] == 2
+    assert len(saved_steps(checkpoints)) == 2
+    checkpoints.save(20, {"attempt": 3})
+    assert checkpoints.load_latest()["attempt"] == 3
+    assert len(saved_steps(checkpoints)) == 2
 
 
 def test_a_checkpoint_without_a_pointer_is_found(tmp_path):
@@ -623,9 +657,8 @@ def test_optimizer_and_model_state_come_back_equal(tmp_path):
     state = Checkpoints(tmp_path, ALONE).load_latest()
 
     other = tiny_model().apply(_zero)
-    other.load_state_dict(state["model"])
     resumed = make_adamw(other, 1e-2)
-    resumed.load_state_dict(state["optimizer"])
+    restore(other, resumed, state)
     for network, stepper in ((model, optimizer), (other, resumed)):
         accumulate(ALONE, network, stepper, ALONE.make_scaler(), [step_images(1)], squares)
     assert equal(weights(model), weights(other))
@@ -635,26 +668,40 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-200])
 
 
-def flip_a_weight(path: Path) -> None:
-    content = path.read_bytes()
-    position = content.index(torch.full((64,), 1.25).numpy().tobytes())
-    path.write_bytes(content[:position] + b"\xff" + content[position + 1 :])
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[content.find(b"values")] ^= 1  # not of the padding between parts; the last where nothing is named
+    path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_weight, Path.unlink])
-def test_a_damaged_newest_checkpoint_is_named_and_not_replaced_in_silence(tmp_path, damage):
+def lead_outside(path: Path) -> None:
+    content = torch.load(path, weights_only=True)
+    content["files"] = [(f"../{path.parent.name}/{name}", *rest) for name, *rest in content["files"]]
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        *itertools.product(("state.pt", "rank_00000_0000.safetensors"), (truncate, flip_a_bit, Path.unlink)),
+        ("state.pt", lead_outside),
+        (".", shutil.rmtree),
+    ],
+)
+def test_a_damaged_newest_checkpoint_is_named_and_not_replaced_in_silence(tmp_path, file, damage):
     checkpoints = Checkpoints(tmp_path, ALONE)
     for step in (10, 20):
         checkpoints.save(step, {"value": torch.full((64,), 1.25)})
-    damage(tmp_path / "step_00000020.pt")
-    with pytest.raises(ValueError, match=r"step_00000020\.pt") as caught:
+    damage(tmp_path / "step_00000020" / file)
+    with pytest.raises(ValueError, match=r"step_00000020 |no checkpoint at .*step_00000020\.") as caught:
         checkpoints.load_latest()
-    assert "go on from step_00000010.pt" in str(caught.value)
+    assert "go on from step_00000010, write" in str(caught.value)
 
 
 def test_the_remedy_for_the_only_checkpoint_is_to_start_again(tmp_path):
     checkpoints = Checkpoints(tmp_path, ALONE)
-    truncate(checkpoints.save(10, {"value": torch.ones(64)}))
+    checkpoints.save(10, {"value": torch.ones(64)})
+    truncate(tmp_path / "step_00000010" / "state.pt")
     with pytest.raises(ValueError, match="no older one"):
         checkpoints.load_latest()
 
@@ -663,7 +710,7 @@ def test_a_pointer_cannot_lead_outside_the_folder(tmp_path):
     Checkpoints(tmp_path / "other", ALONE).save(1, {})
     checkpoints = Checkpoints(tmp_path / "run", ALONE)
     checkpoints.save(1, {})
-    (tmp_path / "run" / "latest").write_text("../other/step_00000001.pt")
+    (tmp_path / "run" / "latest").write_text("../other/step_00000001")
     with pytest.raises(ValueError, match="not the name of a checkpoint"):
         checkpoints.load_latest()
 
@@ -673,14 +720,15 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "sprung"),)
 
-    torch.save({"trap": Trap()}, tmp_path / "trap.pt")
+    (tmp_path / "trap").mkdir()
+    torch.save({"values": Trap(), "files": [], "chunks": {}}, tmp_path / "trap" / "state.pt")
     with pytest.raises(ValueError, match="not a checkpoint"):
-        read_checkpoint(tmp_path / "trap.pt")
+        read_checkpoint(tmp_path / "trap")
     assert not (tmp_path / "sprung").exists()
 
 
 def test_what_could_not_be_read_back_is_refused_when_saving(tmp_path):
-    with pytest.raises(TypeError, match=r"state\['config'\]\['path'\] is a PosixPath"):
+    with pytest.raises(TypeError, match=r"config/path is a PosixPath"):
         Checkpoints(tmp_path, ALONE).save(1, {"config": {"path": tmp_path}})
 
 
@@ -688,7 +736,7 @@ def test_a_full_disk_is_reported_before_anything_is_written(tmp_path, monkeypatc
     checkpoints = Checkpoints(tmp_path, ALONE)
     checkpoints.save(1, {})
     monkeypatch.setattr(shutil, "disk_usage", full_disk)
-    monkeypatch.setattr(torch, "save", lambda *_: pytest.fail("nothing may be written"))
+    monkeypatch.setattr(safetensors.torch, "save", lambda _: pytest.fail("nothing may be written"))
     with pytest.raises(OSError, match=r"No space left on device \(0\.250 GiB needed, 0\.000 GiB free\)"):
         checkpoints.save(2, {"value": torch.empty(2**26)})
     assert checkpoints.load_latest()["step"] == 1

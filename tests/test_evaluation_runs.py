@@ -313,7 +313,7 @@ def test_counts_are_a_warning_or_an_error(trees, tmp_path, capsys):
         ("--epochs 0", "--epochs must be at least 1"),
         ("--nclass 3", "--nclass is 3, but ade20k has 150 class names"),
         ("--crop_size 8", "--crop_size 8 is below the patch size, 16 pixels"),
-        ("--head nowhere.pth --eval_only", "no checkpoint at nowhere.pth"),
+        ("--head nowhere.pth --eval_only", "no weight file at nowhere.pth"),
         ("--encoder pixio_vitpeco16", "did you mean pixio_vitpico16"),
         ("--data_root nowhere", "there is no such folder"),
     ],

@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pixio
-from pixio.engine.checkpoint import Checkpoints, read_checkpoint, restore
+from pixio.engine.checkpoint import Checkpoints, fetch, read_checkpoint, restore
 from pixio.engine.optim import make_adamw
 from pixio.engine.runtime import Ranks, Runtime, make_mesh, shard, start_runtime
 from pixio.engine.step import accumulate
@@ -65,7 +66,9 @@ def pretrain(runtime: Runtime, folder: Path, steps: range, recompute: bool = Fal
         losses.append([result.loss.item(), result.grad_norm.item()])
         if step + 1 == SAVED:
             state = {"model": mae.state_dict(), "optimizer": optimizer.state_dict()}
-            exports = {folder.with_suffix(".pth"): lambda state: state["model"]["encoder.norm.weight"]}
+            exports = {
+                folder.with_suffix(".pth"): lambda state: {"norm": state["model"]["encoder.norm.weight"]}
+            }
             checkpoints.save(SAVED, state, exports, wait=False)
     checkpoints.wait()
     return losses
@@ -168,24 +171,37 @@ def test_what_two_ranks_with_shards_saved_goes_on_with_any_others(runs, name):
         torch.testing.assert_close(losses, runs["one"][0][SAVED:], atol=1e-4, rtol=0)
 
 
-def test_a_checkpoint_of_shards_is_one_file_that_rebuilds_the_model(runs):
-    (path,) = (runs["folder"] / "from-fsdp2").glob("step_*.pt")
-    whole = read_checkpoint(runs["folder"] / "from-one" / path.name)["model"]
+def test_every_rank_writes_its_part_of_what_is_in_shards(runs):
+    checkpoint = runs["folder"] / "from-fsdp2" / f"step_{SAVED:08d}"
+    sizes = [path.stat().st_size for path in sorted(checkpoint.glob("*.safetensors"))]
+    assert len(sizes) == 2
+    assert max(sizes) < 1.05 * min(sizes)
+
+
+def test_a_checkpoint_of_shards_rebuilds_the_model(runs):
+    path = runs["folder"] / "from-fsdp2" / f"step_{SAVED:08d}"
+    whole = fetch(read_checkpoint(runs["folder"] / "from-one" / path.name)["model"])
     for name, tensor in pixio.load_mae(path, num_heads=4, decoder_num_heads=4).state_dict().items():
         torch.testing.assert_close(tensor, whole[name], atol=1e-4, rtol=1e-3, msg=name)
 
 
 def test_an_export_holds_whole_tensors(runs):
     exported = torch.load(runs["folder"] / "from-fsdp2.pth", weights_only=True)
-    saved = read_checkpoint(runs["folder"] / "from-fsdp2" / f"step_{SAVED:08d}.pt")
-    assert torch.equal(exported, saved["model"]["encoder.norm.weight"])
+    saved = fetch(read_checkpoint(runs["folder"] / "from-fsdp2" / f"step_{SAVED:08d}"))
+    assert exported.keys() == {"norm"}
+    assert torch.equal(exported["norm"], saved["model"]["encoder.norm.weight"])
 
 
 def test_shards_of_machines_with_copies_are_put_together_once(runs):
-    saved = read_checkpoint(runs["folder"] / "from-hybrid4" / "step_00000001.pt")["model"]
-    expected = shards_of_a_model(Runtime(torch.device("cpu")))
+    """Also of tensors with fewer rows than ranks."""
+    path = runs["folder"] / "from-hybrid4" / "step_00000001"
+    saved, expected = fetch(read_checkpoint(path)["model"]), shards_of_a_model(Runtime(torch.device("cpu")))
     assert saved.keys() == expected.keys()
     assert all(torch.equal(saved[name], expected[name]) for name in saved)
+    written = sum(
+        load_file(file)[name].numel() for file in path.glob("*.safetensors") for name in load_file(file)
+    )
+    assert written == sum(tensor.numel() for tensor in expected.values())
 
 
 # ------------------------------------------------------------------------------------------------- planning

@@ -15,6 +15,8 @@ from sklearn.decomposition import PCA
 
 import pixio
 from pixio import pictures
+from pixio.engine.checkpoint import Checkpoints
+from pixio.engine.runtime import Runtime
 from pixio.inputs import Transform
 from pixio.mae import MAEOutput, patch_statistics, patchify
 from pixio.maps import pca_colours, similarity
@@ -230,10 +232,9 @@ def run(tmp_path, mae):
     (run / "config.json").write_text(
         json.dumps({"data_path": "<script>alert(1)</script>", "mask_ratio": 0.5})
     )
-    (run / "checkpoints").mkdir()
     config = {"model": "tiny_enc16x1h2_dec16x1h2", "mask_grid": 1}
-    torch.save({"model": mae.state_dict(), "config": config}, run / "checkpoints/step_00000002.pt")
-    (run / "checkpoints/latest").write_text("step_00000002.pt\n")
+    checkpoints = Checkpoints(run / "checkpoints", Runtime(torch.device("cpu")))
+    checkpoints.save(2, {"model": mae.state_dict(), "config": config})
     for folder, metric, encoder in (
         (run / "eval/voc", 11.25, None),
         (run.parent / "knn", 22.5, str(run / "encoder.pth")),
@@ -272,7 +273,8 @@ def test_a_report_escapes_what_it_read_and_refers_to_nothing_outside(run, tmp_pa
 
 
 def test_a_report_of_a_run_without_decoder_or_configuration_says_so(run, mae, tmp_path):
-    torch.save(mae.encoder.state_dict(), run / "checkpoints/step_00000002.pt")
+    torch.save(mae.encoder.state_dict(), run / "checkpoints/encoder.pth")
+    (run / "checkpoints/latest").write_text("encoder.pth")
     (run / "config.json").unlink()
     write_report(run, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()

@@ -19,6 +19,7 @@ from PIL import Image
 import pixio
 from pixio.data.scene_trees import write_tree
 from pixio.engine import signals
+from pixio.engine.checkpoint import fetch, read_checkpoint
 from pixio.engine.optim import make_adamw
 from pixio.engine.runtime import start_runtime
 from pixio.engine.step import accumulate
@@ -51,7 +52,7 @@ def log_of(folder: Path) -> list[dict]:
 
 def checkpoint_of(folder: Path) -> dict:
     name = (folder / "checkpoints" / "latest").read_text().strip()
-    return torch.load(folder / "checkpoints" / name, weights_only=True)
+    return fetch(read_checkpoint(folder / "checkpoints" / name))
 
 
 def assert_equal_runs(first: Path, second: Path) -> None:
@@ -91,7 +92,7 @@ def test_every_kind_of_data_trains_and_leaves_a_loadable_encoder(trees, tmp_path
     assert all(0 < row["loss"] < 3 for row in rows)
     assert json.loads((tmp_path / "config.json").read_text())["dataset_type"] == kind
     encoder = pixio.pixio_vitpico16(tmp_path / "encoder.pth", img_size=64)
-    mae = pixio.load_mae(tmp_path / "checkpoints" / "step_00000006.pt")
+    mae = pixio.load_mae(tmp_path / "checkpoints" / "step_00000006")
     assert mae.mask_grid == 2
     for name, value in encoder.state_dict().items():
         assert torch.equal(value, mae.encoder.state_dict()[name]), name
@@ -107,7 +108,7 @@ def test_resumed_run_equals_uninterrupted_run(trees, tmp_path, monkeypatch, kind
     run(*flags, "--output_dir", tmp_path / "whole")
 
     steps = iter(range(killed_at))
-    saved = tmp_path / "killed" / "checkpoints" / "step_00000004.pt"
+    saved = tmp_path / "killed" / "checkpoints" / "step_00000004"
 
     def accumulate_until_killed(*args):
         if next(steps, None) is None:
@@ -185,7 +186,7 @@ def test_continuing_from_an_encoder_holds_it_still_while_asked(trees, tmp_path):
         tmp_path / "second",
     ]
     run(*flags, "--freeze_encoder_steps", 4, "--save_freq", 1)
-    frozen = torch.load(tmp_path / "second" / "checkpoints" / "step_00000004.pt", weights_only=True)["model"]
+    frozen = fetch(read_checkpoint(tmp_path / "second" / "checkpoints" / "step_00000004")["model"])
     final = checkpoint_of(tmp_path / "second")["model"]
     for name, value in encoder.items():
         assert torch.equal(value, frozen[f"encoder.{name}"]), name

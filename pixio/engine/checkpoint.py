@@ -1,34 +1,38 @@
 """Files that are whole or absent, and the checkpoints of a run made of them.
 
-A checkpoint is written beside its place, brought to the disk, renamed, and only then pointed to: whenever the
-process is killed, the file named by `latest` is complete. One file holds all, also of a model that is divided
-over ranks: rank 0 puts it together in its host's memory, in the background, so that any number of ranks, with
-copies or shards, goes on from what any other wrote. (The format of torch.distributed.checkpoint, a folder of
-shards, would have to be unpickled to be read.)
+A checkpoint is a folder: the tensors in safetensors files, of which each rank writes those that it holds, and
+`state.pt`, the plain values beside them. It is written aside, brought to the disk, renamed, and only then
+pointed to: whenever the run is killed, the checkpoint named by `latest` is complete. Any number of ranks,
+with copies of the model or with shards, goes on from what any other wrote, each reading only what it needs.
 """
 
 import errno
+import itertools
 import os
 import re
 import shutil
 import time
+import warnings
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from pixio.engine.runtime import GIB, Runtime
+from pixio.engine.storage import Stored, check_sum, read_tensors, write_tensors
 
-_CHECKPOINT = re.compile(r"step_(\d{8,})\.pt")
-_POINTER = "latest"
+_CHECKPOINT = re.compile(r"step_(\d{8,})(?:-(\d+))?")
+_POINTER, _VALUES = "latest", "state.pt"
+
+# torch remarks each time that a process which saves or loads for itself does so
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
 def write_atomic(path: str | os.PathLike, writer: Callable[[BinaryIO], object]) -> None:
@@ -60,43 +64,100 @@ def write_atomic(path: str | os.PathLike, writer: Callable[[BinaryIO], object]) 
             os.close(folder)
 
 
-def read_checkpoint(path: str | os.PathLike, verify: bool = True) -> dict[str, Any]:
-    """Read a checkpoint into CPU memory, mapped from the file, without running anything it contains.
+def read_checkpoint(path: str | os.PathLike, verify: slice = slice(None)) -> dict[str, Any]:
+    """Read the plain values of a checkpoint; its tensors stay in their files, see `fetch` and `restore`.
 
     Args:
-        path: a file that `Checkpoints` wrote.
-        verify: also compare every byte with the stored check sums (one pass over the file).
+        path: a folder that `Checkpoints` wrote.
+        verify: which of its files of tensors to compare, byte for byte, with their check sums.
+
+    Returns:
+        What was saved, with a `Stored` in the place of each tensor.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, damaged, or holds other things than tensors and plain values.
+        FileNotFoundError: there is no such folder.
+        ValueError: something of it is missing, truncated, damaged, or neither tensors nor plain values.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
-        if verify:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                raise zipfile.BadZipFile(f"wrong check sum of {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with zipfile.ZipFile(path / _VALUES) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"wrong check sum of {damaged} in {_VALUES}")
+        content = torch.load(path / _VALUES, map_location="cpu", weights_only=True)
+        files, chunks = content["files"], content["chunks"]
+        for name, size, crc in files[verify]:
+            if Path(name).name != name:
+                raise ValueError(f"{name!r} is not the plain name of a file")
+            if (found := (path / name).stat().st_size) != size:
+                raise ValueError(f"{name} has {found:,} of {size:,} bytes")
+            if check_sum(path / name) != crc:
+                raise ValueError(f"wrong check sum of {name}")
+        names = [name for name, _, _ in files]
+        return _map(
+            content["values"],
+            lambda name, tensor: Stored(path, name, tensor.shape, tensor.dtype, names, chunks[name]),
+        )
     except Exception as error:  # a damaged file can fail anywhere inside the readers
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is truncated, damaged or not a checkpoint: {reason}") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} is not a checkpoint: it holds one {type(state).__name__}")
-    return state
+
+
+def fetch(value: Any) -> Any:
+    """A part of what `read_checkpoint` returned, with whole tensors, in host memory, for what is `Stored`.
+
+    Raises:
+        ValueError: see `read_tensors`.
+    """
+    targets = []
+
+    def make_room(_, stored: Stored) -> Tensor:
+        targets.append((torch.empty(stored.shape, dtype=stored.dtype), stored))
+        return targets[-1][0]
+
+    whole = _map(value, make_room, kind=Stored)
+    read_tensors(targets)
+    return whole
+
+
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Load "model" and "optimizer" of a checkpoint in place; of what is in shards each rank reads its own.
+
+    Raises:
+        ValueError: the checkpoint is of another model, or cannot be read.
+    """
+    tensors = model.state_dict()
+    if different := tensors.keys() ^ saved["model"].keys():
+        raise ValueError(
+            f"the checkpoint is of another model: only one of them has {', '.join(sorted(different)[:4])}"
+        )
+    targets = [(tensors[name], stored) for name, stored in saved["model"].items()]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def make_room(parameter: Tensor, stored: Stored) -> Tensor:
+        alike = stored.shape == parameter.shape  # else a count, which the optimiser keeps on the host
+        room = torch.empty_like(parameter) if alike else torch.empty(stored.shape, dtype=stored.dtype)
+        targets.append((room, stored))
+        return room
+
+    moments = {
+        index: _map(values, lambda _, stored, index=index: make_room(parameters[index], stored), kind=Stored)
+        for index, values in saved["optimizer"]["state"].items()
+    }
+    read_tensors(targets)
+    optimizer.load_state_dict({**saved["optimizer"], "state": moments})
 
 
 class Checkpoints:
-    """The checkpoints in one folder: `step_00000100.pt`, …, and `latest`, which holds the name of the newest.
+    """The checkpoints in one folder: `step_00000100`, …, and `latest`, which holds the name of the newest.
 
-    `save`, `wait` and `load_latest` are collective: all ranks call them, rank 0 writes, all succeed or all
-    raise.
+    `save`, `wait` and `load_latest` are collective: all ranks call them, all succeed or all raise. What every
+    rank has is written by rank 0.
 
     Args:
-        folder: made when missing.
+        folder: made when missing; all ranks see it.
         runtime: the ranks that share the folder.
         keep_newest: how many of the newest to keep.
         keep_every: keep also every checkpoint whose step is a multiple of this; 0 keeps none for that reason.
@@ -122,18 +183,15 @@ class Checkpoints:
         state: Mapping[str, Any],
         exports: Mapping[str | os.PathLike, Callable[[dict[str, Any]], Any]] | None = None,
         wait: bool = True,
-    ) -> Path:
+    ) -> None:
         """Write `state` and `{"step": step}`, point to it, then remove what need not be kept.
 
         Args:
             step: optimiser steps taken so far.
             state: tensors (shards too), numbers, text, and dictionaries, lists and tuples of them.
             exports: further files to make when the checkpoint is complete; each function is called on rank 0
-                with `state`, all tensors whole and on the host, and returns what is written.
+                with what `read_checkpoint` gives, and returns the part of it whose tensors are written whole.
             wait: return when all is on the disk; else when a copy of `state` is made, which may then change.
-
-        Returns:
-            The file.
 
         Raises:
             TypeError: `state` holds something that could not be read back safely.
@@ -141,14 +199,20 @@ class Checkpoints:
                 checkpoint is untouched.
         """
         self.wait()
-        path = self._path(step)
-        state = {**state, "step": step}
-        size = sum(_storages(state).values())
-        copy = _map(state, Tensor, partial(_on_host, runtime=self.runtime))
-        self._pending = self._writer.submit(self._finish, path, copy, size, exports or {})
+        tensors, sizes = {}, {}
+
+        def describe(name: str, tensor: Tensor) -> Tensor:
+            assert name not in sizes, f"two tensors would be called {name}"
+            sizes[name] = tensor.numel() * tensor.element_size()
+            if isinstance(tensor, DTensor) or self.runtime.is_main:
+                tensors[name] = tensor.detach().to("cpu", copy=True)
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+        values = _map({**state, "step": step}, describe)
+        size = sum(sizes.values())
+        self._pending = self._writer.submit(self._finish, step, values, tensors, size, exports or {})
         if wait:
             self.wait()
-        return path
 
     def wait(self) -> None:
         """Wait until the last save is complete.
@@ -164,32 +228,82 @@ class Checkpoints:
 
     def _finish(
         self,
-        path: Path,
-        state: dict[str, Any],
+        step: int,
+        values: dict[str, Any],
+        tensors: dict[str, Tensor],
         size: int,
         exports: Mapping[str | os.PathLike, Callable[[dict[str, Any]], Any]],
     ) -> str | None:
-        """Put shards together on rank 0 and write all; returns what went wrong."""
-        state = _map(state, _Part, partial(_assemble, runtime=self.runtime))
-        if not self.runtime.is_main:
+        """Write all, in the background; returns what went wrong."""
+        group = self.runtime.host_group
+        if group is None and not self.runtime.is_main:
             return None
+        aside = self.folder / f".step_{step:08d}.tmp"
         try:
-            self._write(path, state, size)
-            for file, part_of in exports.items():
-                write_atomic(file, partial(torch.save, part_of(state)))
-        except (OSError, RuntimeError) as error:
+            self._prepare(aside, size)
+            placed = write_tensors(aside, tensors, group)
+            if self.runtime.is_main:
+                content = {"values": values, "files": placed.files, "chunks": placed.chunks}
+                path = self._publish(aside, step, content)
+                for file, part_of in exports.items():
+                    part = fetch(part_of(read_checkpoint(path, verify=slice(0))))
+                    write_atomic(file, partial(torch.save, part))
+        except (OSError, RuntimeError, ValueError) as error:
             reason = error
             while reason.__context__:  # what torch met first, when it fails again in closing the file
                 reason = reason.__context__
+            if self.runtime.is_main:
+                shutil.rmtree(aside, ignore_errors=True)
             free = shutil.disk_usage(self.folder).free / GIB if self.folder.is_dir() else 0.0
             return (
-                f"could not save {path}: {reason} ({size / GIB:.3f} GiB needed, {free:.3f} GiB free). "
-                "Earlier checkpoints are untouched"
+                f"could not save {self.folder / f'step_{step:08d}'}: {reason} ({size / GIB:.3f} GiB needed, "
+                f"{free:.3f} GiB free). Earlier checkpoints are untouched"
             )
         return None
 
+    def _prepare(self, aside: Path, size: int) -> None:
+        """Make the empty folder `aside`; all ranks learn when that fails."""
+        failure = None
+        if self.runtime.is_main:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for leftover in self.folder.glob(".*.tmp"):  # of a process killed while saving
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                if shutil.disk_usage(self.folder).free < size:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                aside.mkdir()
+            except OSError as error:
+                failure = error
+        if self.runtime.host_group is not None:
+            told = [failure]
+            dist.broadcast_object_list(told, src=0, group=self.runtime.host_group)
+            failure = told[0]
+        if failure is not None:
+            raise failure
+
+    def _publish(self, aside: Path, step: int, content: dict[str, Any]) -> Path:
+        """Complete the checkpoint `aside`, name it, point to it, and remove what need not be kept."""
+        write_atomic(aside / _VALUES, partial(torch.save, content))
+        path = self.folder / f"step_{step:08d}"
+        for attempt in itertools.count(1):  # somebody went back: what is pointed to stays until we are done
+            if not path.exists():
+                break
+            path = self.folder / f"step_{step:08d}-{attempt}"
+        os.replace(aside, path)
+        write_atomic(self.folder / _POINTER, lambda file: file.write(path.name.encode() + b"\n"))
+
+        # Later ones, if any, belong to a future somebody went back from: they are not ours to judge.
+        past = [(at, other) for at, _, other in self._saved() if at <= step and other != path]
+        for position, (at, other) in enumerate(reversed(past), start=2):
+            kept = position <= self.keep_newest or (self.keep_every and at % self.keep_every == 0)
+            if at == step or not kept:
+                gone = other.with_name(f".{other.name}.tmp")
+                os.replace(other, gone)
+                shutil.rmtree(gone)
+        return path
+
     def load_latest(self) -> dict[str, Any] | None:
-        """The newest checkpoint, its step under `"step"`, or None in a folder without any.
+        """The newest checkpoint as `read_checkpoint` gives it, or None in a folder without any.
 
         Raises:
             ValueError: it is missing or damaged; nothing older is loaded instead, the message says how to.
@@ -203,12 +317,13 @@ class Checkpoints:
             raise ValueError(f"{pointer} holds {name[:80]!r}, which is not the name of a checkpoint")
         state = failure = None
         try:
-            state = read_checkpoint(self.folder / name, verify=self.runtime.is_main)
+            share = slice(self.runtime.rank, None, self.runtime.world_size)
+            state = read_checkpoint(self.folder / name, verify=share)
         except (OSError, ValueError) as error:
             failure = str(error)
         failures = [text for text in self.runtime.gather(failure) if text]
         if failures:
-            older = [path.name for step, path in self._saved() if step < int(match[1])]
+            older = [path.name for step, _, path in self._saved() if step < int(match[1])]
             remedy = (
                 f"To go on from {older[-1]}, write that name into {pointer}"
                 if older
@@ -217,13 +332,10 @@ class Checkpoints:
             raise ValueError(f"{failures[0]}. {remedy}")
         return state
 
-    def _path(self, step: int) -> Path:
-        return self.folder / f"step_{step:08d}.pt"
-
-    def _saved(self) -> list[tuple[int, Path]]:
-        """All complete checkpoints with their steps, in order."""
-        found = [(_CHECKPOINT.fullmatch(path.name), path) for path in self.folder.glob("step_*.pt")]
-        return sorted((int(match[1]), path) for match, path in found if match)
+    def _saved(self) -> list[tuple[int, int, Path]]:
+        """All complete checkpoints, in order: step, attempt at this step, folder."""
+        found = [(_CHECKPOINT.fullmatch(path.name), path) for path in self.folder.glob("step_*")]
+        return sorted((int(match[1]), int(match[2] or 0), path) for match, path in found if match)
 
     def _newest(self) -> str | None:
         """The name pointed to; without a pointer (killed before its first) the newest, which is complete."""
@@ -231,23 +343,7 @@ class Checkpoints:
         if pointer.is_file():
             return pointer.read_text().strip()
         saved = self._saved()
-        return saved[-1][1].name if saved else None
-
-    def _write(self, path: Path, state: dict[str, Any], size: int) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for pattern in (".step_*.pt.*.tmp", f".{_POINTER}.*.tmp"):
-            for leftover in self.folder.glob(pattern):  # of a process killed while writing
-                leftover.unlink()
-        if shutil.disk_usage(self.folder).free < size:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write_atomic(path, lambda file: torch.save(state, file))
-        write_atomic(self.folder / _POINTER, lambda file: file.write(path.name.encode() + b"\n"))
-
-        # Later files, if any, belong to a future somebody went back from: they are not ours to judge.
-        past = [(step, file) for step, file in self._saved() if step <= state["step"]]
-        for step, file in past[: -self.keep_newest]:
-            if not self.keep_every or step % self.keep_every:
-                file.unlink()
+        return saved[-1][2].name if saved else None
 
 
 class Interval:
@@ -275,91 +371,21 @@ class Interval:
         return due
 
 
-def restore(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Load "model" and "optimizer" of a checkpoint; of what is divided over ranks, each takes its part."""
-    like = dict(model.named_parameters())
-    model.load_state_dict({name: _share(tensor, like.get(name)) for name, tensor in saved["model"].items()})
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    moments = {
-        index: {name: _share(value, parameters[index]) for name, value in values.items()}
-        for index, values in saved["optimizer"]["state"].items()
-    }
-    optimizer.load_state_dict({**saved["optimizer"], "state": moments})
-
-
-def _share(value: Any, like: Tensor | None) -> Any:
-    """This rank's part of a whole tensor that belongs to the shard `like`; anything else as it is."""
-    if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.shape != like.shape:
-        return value
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def _map(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
-    """`value` with every part of a `kind` replaced, one after the other in the order of `value`."""
-    if isinstance(value, kind):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: _map(part, kind, function) for key, part in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_map(part, kind, function) for part in value)
-    return value
-
-
-class _Part(NamedTuple):
-    """A rank's rows of a tensor that is divided over `owners`, on its host."""
-
-    rows: Tensor
-    shape: torch.Size
-    owners: list[int]
-
-
-def _on_host(tensor: Tensor, runtime: Runtime) -> Tensor | _Part | None:
-    """A copy of what this rank contributes: its shard; or, on rank 0, a tensor that all ranks have."""
-    tensor = tensor.detach()
-    if isinstance(tensor, DTensor):
-        assert tensor.placements[-1] == Shard(0), tensor.placements
-        mesh = tensor.device_mesh.mesh
-        owners = mesh.reshape(-1, mesh.shape[-1])[0].tolist()  # of the first copy
-        return _Part(tensor.to_local().to("cpu", copy=True), tensor.shape, owners)
-    return tensor.to("cpu", copy=True) if runtime.is_main else None
-
-
-def _assemble(part: _Part, runtime: Runtime) -> Tensor | None:
-    """The whole tensor on rank 0, exchanged between hosts; None elsewhere."""
-    if not runtime.is_main:
-        if runtime.rank in part.owners and part.rows.numel():
-            dist.send(part.rows, dst=0, group=runtime.host_group)
-        return None
-    whole = torch.empty(part.shape, dtype=part.rows.dtype)
-    chunks = whole.chunk(len(part.owners))  # can be fewer: the last owners then hold nothing
-    for owner, rows in zip(part.owners[: len(chunks)], chunks, strict=True):
-        if owner == 0:
-            rows.copy_(part.rows)
-        else:
-            dist.recv(rows, src=owner, group=runtime.host_group)
-    return whole
-
-
-def _storages(value: Any, name: str = "state") -> dict[int, int]:
-    """Bytes of each tensor storage inside `value`, by address, as torch.save writes them: shared ones once.
+def _map(value: Any, function: Callable[[str, Any], Any], kind: type = Tensor, name: str = "") -> Any:
+    """Plain `value` with `function(name, part)` for each part of a `kind`, whose name is the path to it.
 
     Raises:
         TypeError: a part is of a type that a reader without pickle would refuse.
     """
-    if isinstance(value, DTensor):
-        return {id(value): value.numel() * value.element_size()}
-    if isinstance(value, Tensor):
-        storage = value.untyped_storage()
-        return {storage.data_ptr(): storage.nbytes()}
-    if type(value) in (dict, OrderedDict):
-        parts = value.items()
-    elif type(value) in (list, tuple):
-        parts = enumerate(value)
-    elif value is None or type(value) in (bool, int, float, str):
-        return {}
-    else:
-        raise TypeError(f"{name} is a {type(value).__name__}: checkpoints hold only tensors and plain values")
-    found = {}
-    for key, part in parts:
-        found |= _storages(part, f"{name}[{key!r}]")
-    return found
+    if isinstance(value, kind):
+        return function(name, value)
+    if isinstance(value, dict):
+        return {
+            key: _map(part, function, kind, f"{name}/{key}" if name else str(key))
+            for key, part in value.items()
+        }
+    if type(value) in (list, tuple):
+        return type(value)(_map(part, function, kind, f"{name}/{i}") for i, part in enumerate(value))
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise TypeError(f"{name} is a {type(value).__name__}: checkpoints hold only tensors and plain values")

@@ -265,11 +265,13 @@ def shard(
     """
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)
     low = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in blocks_of(model):
-        prepare(block)
-        fully_shard(block, mesh=mesh, mp_policy=whole if mesh.device_type == "cpu" else low)
-    prepare(model)
-    return fully_shard(model, mesh=mesh, mp_policy=whole)
+    on_cpu = mesh.device_type == "cpu"
+    for unit in (*blocks_of(model), model):
+        prepare(unit)
+        fully_shard(unit, mesh=mesh, mp_policy=whole if on_cpu or unit is model else low)
+        if on_cpu:  # before torch 2.9 gloo took a sum for a mean without a word
+            unit.set_force_sum_reduction_for_comms(True)
+    return model
 
 
 def make_mesh(kind: str, ranks: "Ranks", parallel: str) -> DeviceMesh:

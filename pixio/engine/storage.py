@@ -1,0 +1,263 @@
+"""Tensors in a folder of safetensors files: each rank writes its part, and reads the part it needs.
+
+The storage under torch.distributed.checkpoint, which plans who writes and who reads what. The ones it brings
+describe the files in a pickle, or have every rank open every file; here a table says where each tensor lies.
+"""
+
+import dataclasses
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+FILES = "*.safetensors"
+_FILE_BYTES = 2**29  # a file is put together in memory before it is written
+
+
+class Placed(NamedTuple):
+    """Where the tensors of a folder lie.
+
+    files: of each file its name, bytes and check sum (CRC-32).
+    chunks: of each tensor int64 [n, 1 + 2 * dimensions]: for each of its parts the number of the file in
+        `files`, the part's first position along each dimension, and its size.
+    """
+
+    files: list[tuple[str, int, int]]
+    chunks: dict[str, Tensor]
+
+
+class Stored(NamedTuple):
+    """A tensor that is still in its files; see `Placed`."""
+
+    folder: Path
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    files: list[str]
+    chunks: Tensor
+
+
+def write_tensors(
+    folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None
+) -> Placed | None:
+    """Write what this rank holds of `tensors`, and bring it to the disk.
+
+    Collective over `group`, whose first rank learns where all lies; without one this process writes alone.
+
+    Args:
+        folder: exists.
+        tensors: in host memory, shards too; names are the same on all ranks that hold a shard.
+
+    Raises:
+        OSError: on every rank, when one could not write.
+    """
+    writer = _Writer(folder)
+    planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        dcp.save(
+            dict(tensors),
+            storage_writer=writer,
+            planner=planner,
+            process_group=group,
+            no_dist=group is None,
+        )
+    except CheckpointException as error:
+        raise OSError(_first_failure(error)) from error
+    return writer.placed
+
+
+def read_tensors(targets: Iterable[tuple[Tensor, Stored]]) -> None:
+    """Fill tensors, or this rank's shards of them, from their files; each rank for itself.
+
+    Args:
+        targets: of one folder; a tensor's shape is the stored one's.
+
+    Raises:
+        ValueError: a file is missing or damaged, or a shape is another.
+    """
+    targets = list(targets)
+    if not targets:
+        return
+    folder = targets[0][1].folder
+    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        dcp.load(
+            {stored.name: target.detach() for target, stored in targets},
+            storage_reader=_Reader([stored for _, stored in targets]),
+            planner=planner,
+            no_dist=True,
+        )
+    except CheckpointException as error:
+        raise ValueError(f"{folder} cannot be read: {_first_failure(error)}") from error
+
+
+def check_sum(path: Path) -> int:
+    """CRC-32 of a file."""
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def _first_failure(error: CheckpointException) -> str:
+    reason = next(iter(error.failures.values()))[0]
+    return (str(reason) or type(reason).__name__).splitlines()[0]
+
+
+class _Written(NamedTuple):
+    """Where a part was written: what a rank tells the first about it."""
+
+    file: str
+    bytes: int
+    crc: int
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+class _Writer(dcp.StorageWriter):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.placed: Placed | None = None
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
+        return True
+
+    def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
+        pass
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: dcp.SavePlan) -> dcp.SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[dcp.SavePlan]) -> list[dcp.SavePlan]:
+        return [dataclasses.replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
+        from safetensors.torch import save  # here, so that only who saves needs it
+
+        results = []
+        for number, items in enumerate(_portions(plan.items)):
+            tensors = {item.index.fqn: planner.resolve_data(item).contiguous() for item in items}
+            content = save(tensors)
+            name = f"rank_{plan.storage_data:05d}_{number:04d}{FILES[1:]}"
+            with open(self.folder / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            crc = zlib.crc32(content)
+            for item in items:
+                chunk = item.tensor_data.chunk
+                written = _Written(name, len(content), crc, tuple(chunk.offsets), tuple(chunk.sizes))
+                results.append(WriteResult(item.index, item.tensor_storage_size(), written))
+        future = Future()
+        future.set_result(results)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        written = [(result.index.fqn, result.storage_data) for rank in results for result in rank]
+        files = sorted({(part.file, part.bytes, part.crc) for _, part in written})
+        numbers = {name: number for number, (name, _, _) in enumerate(files)}
+        chunks = {}
+        for name, part in written:
+            chunks.setdefault(name, []).append([numbers[part.file], *part.offsets, *part.sizes])
+        self.placed = Placed(files, {name: torch.tensor(rows) for name, rows in chunks.items()})
+
+
+def _portions(items: list[WriteItem]) -> Iterator[list[WriteItem]]:
+    """`items` in the order given, cut where a file becomes too large."""
+    portion, size = [], 0
+    for item in items:
+        if portion and size + item.tensor_storage_size() > _FILE_BYTES:
+            yield portion
+            portion, size = [], 0
+        portion.append(item)
+        size += item.tensor_storage_size()
+    if portion:
+        yield portion
+
+
+class _Reader(dcp.StorageReader):
+    def __init__(self, tensors: list[Stored]) -> None:
+        self.files = {}  # of each part, by the tensor's name and the part's offsets
+        described = {}
+        for stored in tensors:
+            chunks = []
+            for number, *corner in stored.chunks.tolist():
+                offsets, sizes = corner[: len(stored.shape)], corner[len(stored.shape) :]
+                chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+                self.files[stored.name, tuple(offsets)] = stored.folder / stored.files[number]
+            if sum(prod(chunk.sizes) for chunk in chunks) != prod(stored.shape):
+                raise ValueError(f"{stored.folder}: parts of {stored.name} are missing")
+            described[stored.name] = TensorStorageMetadata(
+                TensorProperties(dtype=stored.dtype), stored.shape, chunks
+            )
+        self.metadata = Metadata(described)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
+        return True
+
+    def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
+        pass
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self.metadata
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: dcp.LoadPlan) -> dcp.LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[dcp.LoadPlan]) -> list[dcp.LoadPlan]:
+        return plans
+
+    def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> Future[None]:
+        from safetensors import safe_open
+
+        per_file = {}
+        for item in plan.items:
+            file = self.files[item.storage_index.fqn, tuple(item.storage_index.offset)]
+            per_file.setdefault(file, []).append(item)
+        for file, items in per_file.items():
+            with safe_open(file, framework="pt") as tensors:
+                for item in items:
+                    part = tensors.get_tensor(item.storage_index.fqn)  # mapped: only what is taken is read
+                    for dim, (offset, length) in enumerate(
+                        zip(item.storage_offsets, item.lengths, strict=True)
+                    ):
+                        part = part.narrow(dim, offset, length)
+                    target = planner.resolve_tensor(item).detach()
+                    if target.shape != part.shape:
+                        raise ValueError(
+                            f"{file}: {item.storage_index.fqn} is {tuple(part.shape)}, "
+                            f"expected {tuple(target.shape)}"
+                        )
+                    target.copy_(part)
+                    planner.commit_tensor(item, target)
+        future = Future()
+        future.set_result(None)
+        return future
