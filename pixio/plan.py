@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from torch.utils.hooks import RemovableHandle
 
 from pixio.engine.runtime import DTYPES, GIB, blocks_of
@@ -149,7 +149,10 @@ def trace(model: nn.Module, batch: int, dtype: torch.dtype, mask_ratio: float = 
     images = torch.rand(batch, encoder.in_chans, *encoder.img_size)
     per_block: list[tuple[int, int]] = []
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    with FlopCounterMode(display=False) as flops, _saved_bytes(weights) as saved:
+    # of attention older versions of torch know the count for GPUs only
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    counts = {attention: lambda *shapes, **_: sdpa_flop_count(*shapes[:3])}
+    with FlopCounterMode(display=False, custom_mapping=counts) as flops, _saved_bytes(weights) as saved:
         handles = [hook for block in blocks_of(model) for hook in _watch(block, saved, per_block, dtype)]
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
             output = model(images, mask_ratio) if mae else model(images, block_ids=[-1])
