@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from pixio.engine import signals
+from pixio.engine.meeting import Watch, meet
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GIB = 2**30
@@ -42,6 +43,7 @@ class Runtime:
         mesh: the ranks that share one copy of each model in shards (its last dimension); None: each rank has
             a copy of its own.
         host_group: the ranks, for exchange between hosts beside what the devices exchange; with a mesh only.
+        watch: names a rank that the others wait for in vain.
     """
 
     device: torch.device
@@ -51,6 +53,7 @@ class Runtime:
     world_size: int = 1
     mesh: DeviceMesh | None = None
     host_group: dist.ProcessGroup | None = None
+    watch: Watch | None = None
 
     @property
     def is_main(self) -> bool:
@@ -129,10 +132,16 @@ class Runtime:
             else:
                 return model
 
+    def passed(self) -> None:
+        """Note that this rank has come past another point that all ranks pass, for those that wait for it."""
+        if self.watch is not None:
+            self.watch.passed += 1
+
     def mean(self, tensor: Tensor) -> Tensor:
         """Collective: the mean of `tensor` over ranks, on the device, detached; waits for nothing."""
         if self.world_size == 1:
             return tensor.detach()
+        self.passed()
         total = tensor.detach().to(self.device, copy=True)
         dist.all_reduce(total)
         return total / self.world_size
@@ -141,6 +150,7 @@ class Runtime:
         """Collective: True on every rank when `flag` is true on at least one. Waits for the device."""
         if self.world_size == 1:
             return flag
+        self.passed()
         count = torch.tensor(int(flag), device=self.device)
         dist.all_reduce(count)
         return count.item() > 0
@@ -153,6 +163,7 @@ class Runtime:
         """Collective: the small picklable `value` of every rank, in rank order, on every rank."""
         if self.world_size == 1:
             return [value]
+        self.passed()
         values = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
@@ -160,6 +171,7 @@ class Runtime:
     def barrier(self) -> None:
         """Collective: wait until every rank is here."""
         if self.world_size > 1:
+            self.passed()
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def synchronize(self) -> None:
@@ -182,6 +194,8 @@ class Runtime:
 
     def close(self) -> None:
         """Leave the process group, if this run has one."""
+        if self.watch is not None:
+            self.watch.close()
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
             # A gloo thread drops the last tensor a moment after its collective returned, and needs the
@@ -210,10 +224,12 @@ def start_runtime(
         dist_url: where they meet, as "tcp://127.0.0.1:29500"; None or "env://": MASTER_ADDR, MASTER_PORT.
         parallel: what `Runtime.wrap` does with a model: a copy on every rank (ddp), shards over all ranks
             (fsdp), or shards over the ranks of a machine and a copy on every machine (hybrid).
-        timeout_minutes: how long a rank waits for the others in a collective before it gives up.
+        timeout_minutes: how long ranks wait for another before all end with a message that names it; where
+            it cannot be told who is missing, torch ends them after twice this time.
 
     Raises:
         ValueError: the device or precision is not available here, or the ranks contradict each other.
+        OSError: the other ranks cannot be reached, or some did not come.
     """
     ranks = find_ranks(os.environ, world_size, local_rank, dist_url)
     chosen = choose_device(device, ranks)
@@ -221,24 +237,26 @@ def start_runtime(
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves a product in float32
+    if parallel != "ddp" and ranks.world_size > 1 and precision == torch.float16:
+        raise ValueError(f"--parallel {parallel} computes in bf16 or fp32, not in fp16: choose one of them")
+    mesh = host_group = watch = None
     if ranks.world_size > 1:
+        timeout = timedelta(minutes=timeout_minutes)
+        store = meet(ranks.meeting, ranks.rank, ranks.world_size, timeout)
+        watch = Watch(store, ranks.rank, ranks.world_size, timeout)
         dist.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
-            init_method=ranks.meeting,
+            store=store,
             rank=ranks.rank,
             world_size=ranks.world_size,
-            timeout=timedelta(minutes=timeout_minutes),
+            timeout=2 * timeout,
             device_id=chosen if chosen.type == "cuda" else None,
         )
-    mesh = host_group = None
-    if parallel != "ddp" and ranks.world_size > 1:
-        if precision == torch.float16:
-            raise ValueError(
-                f"--parallel {parallel} computes in bf16 or fp32, not in fp16: choose one of them"
-            )
-        mesh = make_mesh(chosen.type, ranks, parallel)
-        host_group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
-    return Runtime(chosen, precision, ranks.rank, ranks.local_rank, ranks.world_size, mesh, host_group)
+        if parallel != "ddp":
+            mesh = make_mesh(chosen.type, ranks, parallel, 2 * timeout)
+            host_group = dist.new_group(backend="gloo", timeout=2 * timeout)
+    place = (ranks.rank, ranks.local_rank, ranks.world_size)
+    return Runtime(chosen, precision, *place, mesh, host_group, watch)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -274,8 +292,11 @@ def shard(
     return model
 
 
-def make_mesh(kind: str, ranks: "Ranks", parallel: str) -> DeviceMesh:
+def make_mesh(kind: str, ranks: "Ranks", parallel: str, timeout: timedelta | None = None) -> DeviceMesh:
     """The mesh of devices of a `kind` that `shard` needs: all ranks, or (machines, ranks of a machine).
+
+    Args:
+        timeout: of the exchanges within and between machines; those of all ranks have their own.
 
     Raises:
         ValueError: hybrid sharding over machines that run different numbers of processes.
@@ -287,8 +308,12 @@ def make_mesh(kind: str, ranks: "Ranks", parallel: str) -> DeviceMesh:
             "--parallel hybrid needs the same number of processes on each machine, found "
             f"{ranks.world_size} in all and {ranks.local_world_size} on one: choose fsdp"
         )
-    shape = (ranks.world_size // ranks.local_world_size, ranks.local_world_size)
-    return init_device_mesh(kind, shape, mesh_dim_names=("copy", "shard"))
+    machines = torch.arange(ranks.world_size).view(-1, ranks.local_world_size)
+    groups = [
+        dist.new_subgroups_by_enumeration(rows.tolist(), timeout=timeout)[0]
+        for rows in (machines.T, machines)
+    ]
+    return DeviceMesh.from_group(groups, kind, machines, mesh_dim_names=("copy", "shard"))
 
 
 class Ranks(NamedTuple):
