@@ -446,7 +446,8 @@ def visible_gpus(monkeypatch, count: int) -> None:
     [
         (0, "cuda", Ranks(), "torch sees no CUDA GPU"),
         (2, "cuda:2", Ranks(), "2 GPUs are visible"),
-        (2, "cuda", Ranks(0, 0, 8, 4), "4 processes on a machine with 2 visible GPUs"),
+        (2, "cuda", Ranks(0, 0, 8, 4), "4 processes on a machine with 2 visible GPUs.*or choose cpu"),
+        (8, "auto", Ranks(0, 0, 4, 2), "2 processes on a machine with 8 visible GPUs.*CUDA_VISIBLE_DEVICES"),
         (2, "cuda:1", Ranks(0, 0, 2, 2), "shared by 2 processes"),
         (0, "tpu", Ranks(), "choose auto, cpu, cuda"),
     ],

@@ -218,7 +218,7 @@ def mae_step(rank: int, world_size: int, folder: Path) -> None:
     runtime = start_runtime("cpu", "fp32", world_size, rank, f"file://{folder}/meeting")
     torch.manual_seed(0)
     mae = pixio.create_model(MODEL, img_size=64, mask_grid=2)
-    # Adam would make whole steps of the rounding errors of gradients that are zero, as those of the key biases
+    # Adam would make whole steps of the rounding errors of zero gradients, as those of the key biases
     model, optimizer = runtime.wrap(mae), torch.optim.SGD(mae.parameters(), 0.1)
     images, noise = torch.randn(2, 8, 3, 64, 64), torch.rand(2, 8, 4)
     share = slice(rank * 8 // world_size, (rank + 1) * 8 // world_size)

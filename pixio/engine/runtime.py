@@ -447,7 +447,7 @@ def choose_device(device: str, ranks: Ranks) -> torch.device:
     """The device of this process.
 
     Raises:
-        ValueError: there is no such device here, or a machine runs more processes than it has GPUs.
+        ValueError: there is no such device here, or the ranks of a machine are more or fewer than its GPUs.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
@@ -477,9 +477,10 @@ def choose_device(device: str, ranks: Ranks) -> torch.device:
     if ranks.one_gpu_each and gpus == 1:
         return torch.device("cuda:0")
     needed = max(ranks.local_world_size, ranks.local_rank + 1)
-    if needed > gpus:
+    if needed > gpus or (ranks.world_size > 1 and needed < gpus):
+        remedy = "choose cpu" if needed > gpus else "hide the others with CUDA_VISIBLE_DEVICES"
         raise ValueError(
-            f"{needed} processes on a machine with {gpus} visible GPUs: start one for each, or choose cpu"
+            f"{needed} processes on a machine with {gpus} visible GPUs: start one for each, or {remedy}"
         )
     return torch.device("cuda", ranks.local_rank)
 
