@@ -204,6 +204,12 @@ def test_shards_of_machines_with_copies_are_put_together_once(runs):
     assert written == sum(tensor.numel() for tensor in expected.values())
 
 
+@pytest.mark.parametrize(("on_one", "found"), [(4, "6 in all and 4 on one"), (0, "an unknown number on one")])
+def test_machines_that_cannot_each_hold_a_copy_are_refused(on_one, found):
+    with pytest.raises(ValueError, match=f"{found}: choose fsdp"):
+        make_mesh("cpu", Ranks(0, 0, 6, on_one), "hybrid")
+
+
 # ------------------------------------------------------------------------------------------------- planning
 
 SMALL = "pixio_vitti16_enc192x12h3_dec128x4h4"

@@ -303,10 +303,11 @@ def make_mesh(kind: str, ranks: "Ranks", parallel: str, timeout: timedelta | Non
     """
     if parallel == "fsdp":
         return init_device_mesh(kind, (ranks.world_size,), mesh_dim_names=("shard",))
-    if ranks.world_size % ranks.local_world_size:
+    if not ranks.local_world_size or ranks.world_size % ranks.local_world_size:
+        here = ranks.local_world_size or "an unknown number"
         raise ValueError(
             "--parallel hybrid needs the same number of processes on each machine, found "
-            f"{ranks.world_size} in all and {ranks.local_world_size} on one: choose fsdp"
+            f"{ranks.world_size} in all and {here} on one: choose fsdp"
         )
     machines = torch.arange(ranks.world_size).view(-1, ranks.local_world_size)
     groups = [
@@ -322,7 +323,7 @@ class Ranks(NamedTuple):
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
-    local_world_size: int = 1  # the most processes any machine of the run holds
+    local_world_size: int = 1  # the most processes any machine of the run holds; 0: the launcher did not say
     meeting: str | None = None
     one_gpu_each: bool = False  # each process is shown only its own GPU
 
@@ -347,7 +348,7 @@ def find_ranks(
             # Launchers that start one process per container set no local variables.
             local_rank=int(environ.get("LOCAL_RANK", 0)),
             world_size=size,
-            local_world_size=int(environ.get("LOCAL_WORLD_SIZE", 1)),
+            local_world_size=int(environ.get("LOCAL_WORLD_SIZE", 0)),
             meeting=dist_url or "env://",
         )
     elif asked:
@@ -477,7 +478,7 @@ def choose_device(device: str, ranks: Ranks) -> torch.device:
     if ranks.one_gpu_each and gpus == 1:
         return torch.device("cuda:0")
     needed = max(ranks.local_world_size, ranks.local_rank + 1)
-    if needed > gpus or (ranks.world_size > 1 and needed < gpus):
+    if needed > gpus or (ranks.world_size > 1 and 0 < ranks.local_world_size < gpus):
         remedy = "choose cpu" if needed > gpus else "hide the others with CUDA_VISIBLE_DEVICES"
         raise ValueError(
             f"{needed} processes on a machine with {gpus} visible GPUs: start one for each, or {remedy}"
