@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import time
-import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,9 +29,6 @@ from pixio.engine.storage import Stored, check_sum, read_tensors, write_tensors
 
 _CHECKPOINT = re.compile(r"step_(\d{8,})(?:-(\d+))?")
 _POINTER, _VALUES = "latest", "state.pt"
-
-# torch remarks each time that a process which saves or loads for itself does so
-warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
 def write_atomic(path: str | os.PathLike, writer: Callable[[BinaryIO], object]) -> None:

@@ -6,8 +6,9 @@ describe the files in a pickle, or have every rank open every file; here a table
 
 import dataclasses
 import os
+import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,12 +24,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-FILES = "*.safetensors"
-_FILE_BYTES = 2**29  # a file is put together in memory before it is written
+# torch remarks each time that a process which saves or loads for itself does so
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
 class Placed(NamedTuple):
@@ -154,21 +154,19 @@ class _Writer(dcp.StorageWriter):
         return [dataclasses.replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
-        from safetensors.torch import save  # here, so that only who saves needs it
+        from safetensors.torch import save_file  # here, so that only who saves needs it
 
+        tensors = {item.index.fqn: planner.resolve_data(item).contiguous() for item in plan.items}
         results = []
-        for number, items in enumerate(_portions(plan.items)):
-            tensors = {item.index.fqn: planner.resolve_data(item).contiguous() for item in items}
-            content = save(tensors)
-            name = f"rank_{plan.storage_data:05d}_{number:04d}{FILES[1:]}"
-            with open(self.folder / name, "wb") as file:
-                file.write(content)
-                file.flush()
+        if tensors:
+            path = self.folder / f"rank_{plan.storage_data:05d}.safetensors"
+            save_file(tensors, path)
+            with open(path, "rb+") as file:
                 os.fsync(file.fileno())
-            crc = zlib.crc32(content)
-            for item in items:
+            size, crc = path.stat().st_size, check_sum(path)
+            for item in plan.items:
                 chunk = item.tensor_data.chunk
-                written = _Written(name, len(content), crc, tuple(chunk.offsets), tuple(chunk.sizes))
+                written = _Written(path.name, size, crc, tuple(chunk.offsets), tuple(chunk.sizes))
                 results.append(WriteResult(item.index, item.tensor_storage_size(), written))
         future = Future()
         future.set_result(results)
@@ -182,19 +180,6 @@ class _Writer(dcp.StorageWriter):
         for name, part in written:
             chunks.setdefault(name, []).append([numbers[part.file], *part.offsets, *part.sizes])
         self.placed = Placed(files, {name: torch.tensor(rows) for name, rows in chunks.items()})
-
-
-def _portions(items: list[WriteItem]) -> Iterator[list[WriteItem]]:
-    """`items` in the order given, cut where a file becomes too large."""
-    portion, size = [], 0
-    for item in items:
-        if portion and size + item.tensor_storage_size() > _FILE_BYTES:
-            yield portion
-            portion, size = [], 0
-        portion.append(item)
-        size += item.tensor_storage_size()
-    if portion:
-        yield portion
 
 
 class _Reader(dcp.StorageReader):
