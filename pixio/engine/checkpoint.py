@@ -185,8 +185,8 @@ class Checkpoints:
         Args:
             step: optimiser steps taken so far.
             state: tensors (shards too), numbers, text, and dictionaries, lists and tuples of them.
-            exports: further files to make when the checkpoint is complete; each function is called on rank 0
-                with what `read_checkpoint` gives, and returns the part of it whose tensors are written whole.
+            exports: further files to make, before the checkpoint is pointed to; each function is called on
+                rank 0 with what `read_checkpoint` gives, and returns the part whose tensors are written whole.
             wait: return when all is on the disk; else when a copy of `state` is made, which may then change.
 
         Raises:
@@ -240,13 +240,15 @@ class Checkpoints:
             placed = write_tensors(aside, tensors, group)
             if self.runtime.is_main:
                 content = {"values": values, "files": placed.files, "chunks": placed.chunks}
-                path = self._publish(aside, step, content)
+                write_atomic(aside / _VALUES, partial(torch.save, content))
                 for file, part_of in exports.items():
-                    part = fetch(part_of(read_checkpoint(path, verify=slice(0))))
+                    part = fetch(part_of(read_checkpoint(aside, verify=slice(0))))
                     write_atomic(file, partial(torch.save, part))
+                self._publish(aside, step)
         except (OSError, RuntimeError, ValueError) as error:
             reason = error
-            while reason.__context__:  # what torch met first, when it fails again in closing the file
+            # what torch met first, when it fails again in closing the file
+            while reason.__context__ and not reason.__suppress_context__:
                 reason = reason.__context__
             if self.runtime.is_main:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -277,9 +279,8 @@ class Checkpoints:
         if failure is not None:
             raise failure
 
-    def _publish(self, aside: Path, step: int, content: dict[str, Any]) -> Path:
-        """Complete the checkpoint `aside`, name it, point to it, and remove what need not be kept."""
-        write_atomic(aside / _VALUES, partial(torch.save, content))
+    def _publish(self, aside: Path, step: int) -> None:
+        """Name the complete checkpoint `aside`, point to it, and remove what need not be kept."""
         path = self.folder / f"step_{step:08d}"
         for attempt in itertools.count(1):  # somebody went back: what is pointed to stays until we are done
             if not path.exists():
@@ -296,7 +297,6 @@ class Checkpoints:
                 gone = other.with_name(f".{other.name}.tmp")
                 os.replace(other, gone)
                 shutil.rmtree(gone)
-        return path
 
     def load_latest(self) -> dict[str, Any] | None:
         """The newest checkpoint as `read_checkpoint` gives it, or None in a folder without any.
