@@ -599,11 +599,25 @@ def damage(path: Path, how: str) -> None:
         info = tarfile.TarInfo("a.png")
         info.size = 1 << 50
         path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + b"\0" * 1024)
+    elif how == "huge name":
+        info = tarfile.TarInfo("././@LongLink")
+        info.type, info.size = tarfile.GNUTYPE_LONGNAME, 1 << 50
+        path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + data)
 
 
-@pytest.mark.parametrize(
-    "how", ["truncated", "empty", "not a tar", "broken header", "no image", "negative size", "huge size"]
-)
+DAMAGES = [
+    "truncated",
+    "empty",
+    "not a tar",
+    "broken header",
+    "no image",
+    "negative size",
+    "huge size",
+    "huge name",
+]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
 def test_damaged_tar_is_skipped_and_counted(tmp_path, how):
     write_tars(tmp_path, [10, 10, 10])
     damage(tmp_path / "set-train-001.tar", how)

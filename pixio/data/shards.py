@@ -134,6 +134,8 @@ def _index(file: BinaryIO) -> list[Entry]:
                 raise DamagedDataError(f"broken header at byte {tar.offset}")
     except DamagedDataError:
         raise
+    except MemoryError as error:  # tarfile reserves what a header says that a long name takes
+        raise DamagedDataError("not a readable tar: a header claims an impossible size") from error
     except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, RecursionError) as error:
         raise DamagedDataError(f"not a readable tar: {error}") from error
     if not entries:
