@@ -543,7 +543,8 @@ class Loader:
                 if not dead:
                     raise
                 raise DataError(
-                    f"a worker process died while it read {dead}: out of memory, or a fault in a decoder"
+                    f"a worker process died while it read {dead}: out of memory, /dev/shm too small for "
+                    "the batches of all workers (fewer workers need less), or a fault in a decoder"
                 ) from error
             if "failure" in batch:
                 raise DataError(batch["failure"])
