@@ -805,6 +805,11 @@ def test_central_crop_larger_than_the_image_is_refused():
         resize_centre_crop(noise(90, 70), 48, 64)
 
 
+def test_central_crop_of_a_strip_too_thin_to_be_resized_is_refused():
+    with pytest.raises(DamagedDataError, match="256 x 5120000 is above"):
+        resize_centre_crop(Image.new("RGB", (1, 20_000)), 256, 256)
+
+
 def test_normalise_matches_torchvision_and_is_undone():
     images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     expected = tvf.normalize(images.float() / 255, transforms.IMAGENET_MEAN, transforms.IMAGENET_STD)
@@ -985,7 +990,7 @@ def test_damaged_bytes_raise_one_error():
 
 def test_too_many_pixels_are_refused_from_the_header(monkeypatch):
     monkeypatch.setattr(transforms, "MAX_PIXELS", 99)
-    monkeypatch.setattr(transforms, "_to_rgb", lambda image: pytest.fail("decoded"))
+    monkeypatch.setattr(transforms, "to_rgb", lambda image: pytest.fail("decoded"))
     monkeypatch.setattr(jpeg, "decode_rows", lambda *args: pytest.fail("decoded"))
     data = encoded(noise(10, 10), "jpeg")
     for read in (decode, transforms.read_size, lambda data: decode_crop(data, 4, lambda w, h: (0, 0, w, h))):
