@@ -51,8 +51,10 @@ class Student(nn.Module):
             Projected tokens, [B, C, D] and [B, V, D].
         """
         features = self.encoder(images, block_ids=[-1], keep=keep)[0]
-        tokens = torch.cat([features["cls_tokens_norm"], features["patch_tokens_norm"]], 1)  # [B, C + V, d]
-        return Tokens.split(self.last_proj(tokens), self.encoder.n_cls_tokens)  # [B, C, D], [B, V, D]
+        # one after the other: parts of one tensor would be views, which FSDP2 warns of
+        return Tokens(
+            self.last_proj(features["cls_tokens_norm"]), self.last_proj(features["patch_tokens_norm"])
+        )
 
     @staticmethod
     def part_of(weights: dict[str, Tensor], part: str) -> dict[str, Tensor]:
