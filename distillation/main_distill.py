@@ -5,22 +5,21 @@
         --student_models pixio_vits16 pixio_vitti16 --data_path DIR --output_dir runs/s16
     torchrun --nproc_per_node 8 main_distill.py …
 
-The same command resumes a run that was stopped. `log.jsonl`, `config.json`, `checkpoints/` with all students
-together, and for each student `encoder_NAME.pth`, under the released keys, and `projector_NAME.pth` lie in
-`--output_dir`.
+The same command resumes a run that was stopped. `--output_dir` receives `log.jsonl`, `config.json`,
+`data_report.json` (damaged files by name), `checkpoints/` with all students together, and for each student
+`encoder_NAME.pth`, under the released keys, and `projector_NAME.pth`.
 """
 
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 from feature_cache import CachedBatches, open_cache
-from students import Batch, Learner, Lesson, Student
-from teachers import check_teacher, load_teacher, teacher_tokens
+from students import Batch, Learner, Lesson, Student, exports_of, figures_of
+from teachers import check_same_teacher, check_teacher, load_teacher, teacher_tokens
 from token_losses import Tokens
 from torch import Tensor
 
@@ -29,9 +28,16 @@ from pixio.data import DataError, Loader, normalise, open_stream
 from pixio.engine.checkpoint import Checkpoints, Interval, read_checkpoint
 from pixio.engine.config import option, parse
 from pixio.engine.optim import set_lr
-from pixio.engine.recipe import TrainConfig, check_same_run, run_program, start_log
+from pixio.engine.recipe import (
+    TrainConfig,
+    check_same_run,
+    is_finished,
+    run_program,
+    save_report,
+    save_when_due,
+    start_log,
+)
 from pixio.engine.runtime import Runtime
-from pixio.engine.schedule import warmup_cosine
 from pixio.engine.signals import Stopped
 from pixio.engine.step import NonFiniteLoss, apply_gradients, compute_gradients
 
@@ -56,26 +62,20 @@ class DistillConfig(TrainConfig):
     mask_grid: int = option(4, "side of a masked cell in patches")
     share_masks: bool = option(False, "draw one mask for all students (nested where ratios differ)")
     drop_path: tuple[float, ...] = option((0.0,), "stochastic depth rate of the last block, per student")
-    lr: tuple[float, ...] | None = option(
-        None, "peak learning rate, per student; by default blr x images per step / 256"
-    )
+    lr: tuple[float, ...] | None = option(None, "peak learning rate, per student; by default from --blr")
     blr: tuple[float, ...] = option((3.125e-5,), "peak learning rate per 256 images of a step, per student")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = self.student_models
-        if not names or len(set(names)) < len(names) or not set(names) <= set(pixio.list_models()):
-            raise ValueError(
-                f"--student_models must name different encoders of {', '.join(pixio.list_models())}; "
-                f"found {' '.join(names) or 'none'}"
-            )
+        names, known = self.student_models, pixio.list_models()
+        if not names or len(set(names)) < len(names) or not set(names) <= set(known):
+            remedy = f"must name different encoders of {', '.join(known)}"
+            raise ValueError(f"--student_models {remedy}; found {' '.join(names) or 'none'}")
         for name in ("mask_ratio", "drop_path", "lr", "blr"):
             values = getattr(self, name)
-            if values is not None and len(values) not in (1, len(self.student_models)):
-                raise ValueError(
-                    f"--{name} takes one value for all or {len(self.student_models)}, one for each student; "
-                    f"found {len(values)}"
-                )
+            if values is not None and len(values) not in (1, len(names)):
+                remedy = f"takes one value for all or {len(names)}, one for each student"
+                raise ValueError(f"--{name} {remedy}; found {len(values)}")
 
     def of(self, student: int, name: str) -> float:
         """The value of a per-student option for one of the students."""
@@ -99,98 +99,76 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
     state = checkpoints.load_latest() or (read_checkpoint(config.resume) if config.resume else None)
     start, images = config.start_step, 0
     if state:
-        if "students" not in state:
-            raise ValueError(
-                f"the checkpoint in {config.resume or config.output_dir} is not of a distillation"
-            )
         fixed = ("student_models", "teacher_model", "input_size", "n_cls_tokens", "feature_cache")
-        check_same_run(config, state["config"], fixed)
+        check_same_run(config, state, fixed)
         start, images = state["step"], state["images"]
-    if start >= config.total_steps:
-        print(f"{output} is finished: {start} of {config.total_steps} steps are done")
+    if is_finished(config, runtime, start):
         return
 
     # ---- teacher
     teacher = load_teacher(config.teacher_model, config.teacher_pretrained, runtime.device, runtime.dtype)
-    teacher = runtime.wrap(teacher)
+    if state:
+        check_same_teacher(teacher, state.get("teacher"))
+    if not config.feature_cache:  # which rank 0 fills alone
+        teacher = runtime.wrap(teacher)
     n_cls_tokens = config.n_cls_tokens or teacher.n_cls_tokens or 8
     compared = n_cls_tokens if config.loss_fn_cls != "none" else 0
 
     # ---- students, each with its own optimiser, schedule, depth and masks
     learners = []
+    losses = {key: getattr(config, key) for key in ("loss_fn_cls", "loss_fn_patch", "loss_fuse")}
     for i, name in enumerate(config.student_models):
         runtime.seed(config.seed, 0, name)
+        drop_path = config.of(i, "drop_path")
         encoder = pixio.create_model(
-            name, img_size=config.input_size, n_cls_tokens=n_cls_tokens, drop_path=config.of(i, "drop_path")
+            name, img_size=config.input_size, n_cls_tokens=n_cls_tokens, drop_path=drop_path
         )
         check_teacher(teacher, config.input_size, encoder.patch_size, compared, config.resize_teacher)
-        lesson = Lesson(
-            encoder.grid,
-            config.of(i, "mask_ratio"),
-            config.mask_grid,
-            {key: getattr(config, key) for key in ("loss_fn_cls", "loss_fn_patch", "loss_fuse")},
-        )
-        peak_lr = config.peak_lr(runtime.world_size, i)
-        student = Student(encoder, teacher.embed_dim)
+        lesson = Lesson(encoder.grid, config.of(i, "mask_ratio"), config.mask_grid, losses)
+        student, peak_lr = Student(encoder, teacher.embed_dim), config.peak_lr(runtime.world_size, i)
         options = (config.weight_decay, config.compile, config.grad_checkpointing)
         learners.append(Learner(name, student, lesson, peak_lr, runtime, *options))
         if state:
             learners[-1].load_state_dict(state["students"][name])
-    grid = learners[0].lesson.grid
 
-    # ---- data
-    stream = open_stream(**config.stream_options())
+    # ---- data, and what the teacher says about it
+    stream, grid = open_stream(**config.stream_options()), learners[0].lesson.grid
     if config.feature_cache:
         cache = open_cache(Path(config.feature_cache), stream, teacher, grid, runtime)
         loader = CachedBatches(cache, stream, runtime.rank, runtime.world_size, seen=images)
     else:
-        loader = Loader(
-            stream,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
-            num_workers=config.num_workers,
-            pin_memory=config.pin_mem and runtime.pins_memory,
-            state=state["data"] if state else None,
-        )
+        position = state["data"] if state else None
+        loader = Loader(stream, **config.loader_options(runtime), state=position)
     if config.compile:
         teacher = torch.compile(teacher)
 
+    def prepare(batch: dict[str, Tensor]) -> Batch:
+        """What all students share: pixels, the teacher's tokens, and one mask if they are to share it."""
+        pixels, noise = normalise(batch["images"].to(runtime.device, non_blocking=True)), None
+        if config.feature_cache:
+            targets = Tokens.split(batch["tokens"].to(runtime.device).float(), teacher.n_cls_tokens)
+        else:
+            with runtime.autocast():
+                targets = teacher_tokens(teacher, pixels, grid)
+        if config.share_masks:
+            noise = torch.rand(len(pixels), learners[0].lesson.n_cells, device=pixels.device)
+        return Batch(pixels, targets, noise)
+
     # ---- loop
-    def export(part: str, name: str, state: dict) -> dict[str, Tensor]:
-        return Student.part_of(state["students"][name]["model"], part)
-
-    exports = {
-        output / f"{part}_{name}.pth": partial(export, part, name)
-        for part in ("encoder", "projector")
-        for name in config.student_models
-    }
-
     def save(step: int, wait: bool = True) -> None:
         checkpoints.save(
             step,
             {
                 "students": {learner.name: learner.state_dict() for learner in learners},
+                "teacher": teacher.fingerprint,
                 "data": runtime.gather(loader.state_dict()),
                 "images": images,
                 "config": asdict(config),
             },
-            exports,
+            exports_of(config.student_models, output),
             wait,
         )
-
-    def prepare(batch: dict[str, Tensor]) -> Batch:
-        """What all students share: pixels, the teacher's tokens, and one mask if they are to share it."""
-        pixels = normalise(batch["images"].to(runtime.device, non_blocking=True))
-        if "tokens" in batch:
-            tokens = batch["tokens"].to(runtime.device).float()
-            targets = Tokens(tokens[:, : teacher.n_cls_tokens], tokens[:, teacher.n_cls_tokens :])
-        else:
-            with runtime.autocast():
-                targets = teacher_tokens(teacher, pixels, grid)
-        noise = None
-        if config.share_masks:
-            noise = torch.rand(len(pixels), learners[0].lesson.n_cells, device=pixels.device)
-        return Batch(pixels, targets, noise)
+        save_report(config, runtime, loader.report())
 
     log = start_log(config, runtime, start)
     interval = Interval(runtime, config.save_steps, config.save_minutes)
@@ -203,14 +181,12 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
         micro_batches = [prepare(batch) for batch in raw]
         gradients, rates = {}, {}
         for learner in learners:
-            name = learner.name
+            name, optimizer, scaler = learner.name, learner.optimizer, learner.scaler
+            rates[name] = config.lr_at(step, learner.peak_lr)
+            set_lr(optimizer, rates[name])
             runtime.seed(config.seed, step, name)  # its own masks and stochastic depth
-            rates[name] = warmup_cosine(
-                step, learner.peak_lr, config.min_lr, config.warmup_steps, config.total_steps
-            )
-            set_lr(learner.optimizer, rates[name])
             gradients[name] = compute_gradients(
-                runtime, learner.model, learner.optimizer, learner.scaler, micro_batches, learner.lesson
+                runtime, learner.model, optimizer, scaler, micro_batches, learner.lesson
             )
         try:
             results = apply_gradients(runtime, gradients, config.clip_grad)
@@ -223,24 +199,11 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
             done,
             images,
             waiting,
-            loss=lambda results=results: sum(r.loss.item() for r in results.values()) / len(results),
-            lr=max(rates.values()),
-            students={
-                name: {"loss": result.loss, "lr": rates[name], "grad_norm": result.grad_norm}
-                for name, result in results.items()
-            },
+            **figures_of(results, rates),
             memory=runtime.memory,
             data=dict(loader.counts),
         )
-        stopping = runtime.asked_to_stop() and done < config.total_steps
-        if (
-            stopping
-            or interval.due(done)
-            or done == config.total_steps
-            or (config.keep_every and done % config.keep_every == 0)
-        ):
-            save(done, wait=stopping or done == config.total_steps)
-        if stopping:
+        if save_when_due(config, runtime, interval, done, save):
             log.close()
             raise Stopped
     log.close()

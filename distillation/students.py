@@ -3,7 +3,10 @@
 Letters: B images, N patches, V visible patches, C class tokens, d student width, D teacher width.
 """
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +17,7 @@ from pixio.encoder import PixioViT
 from pixio.engine.checkpoint import restore
 from pixio.engine.optim import make_adamw
 from pixio.engine.runtime import Runtime
+from pixio.engine.step import StepResult
 from pixio.layers import init_weights
 from pixio.masking import block_mask, cell_grid, count_kept, split_patches
 
@@ -47,10 +51,10 @@ class Student(nn.Module):
             Projected tokens, [B, C, D] and [B, V, D].
         """
         features = self.encoder(images, block_ids=[-1], keep=keep)[0]
-        tokens = torch.cat([features["cls_tokens_norm"], features["patch_tokens_norm"]], 1)  # [B, C + V, d]
-        tokens = self.last_proj(tokens)  # [B, C + V, D]
-        n_cls = self.encoder.n_cls_tokens
-        return Tokens(tokens[:, :n_cls], tokens[:, n_cls:])
+        # one after the other: parts of one tensor would be views, which FSDP2 warns of
+        return Tokens(
+            self.last_proj(features["cls_tokens_norm"]), self.last_proj(features["patch_tokens_norm"])
+        )
 
     @staticmethod
     def part_of(weights: dict[str, Tensor], part: str) -> dict[str, Tensor]:
@@ -164,3 +168,30 @@ class Learner:
         """Go on where `state_dict` was taken."""
         restore(self.student, self.optimizer, state)
         self.scaler.load_state_dict(state["scaler"])
+
+
+def figures_of(results: Mapping[str, StepResult], rates: Mapping[str, float]) -> dict[str, Any]:
+    """What a step says to the log: each student's figures, the mean of their losses and the highest rate."""
+    return {
+        "loss": lambda: sum(result.loss.item() for result in results.values()) / len(results),
+        "lr": max(rates.values()),
+        "students": {
+            name: {"loss": result.loss, "lr": rates[name], "grad_norm": result.grad_norm}
+            for name, result in results.items()
+        },
+    }
+
+
+def exports_of(
+    names: Iterable[str], folder: Path
+) -> dict[Path, Callable[[dict[str, Any]], dict[str, Tensor]]]:
+    """What a checkpoint makes of each student in `folder`: `encoder_NAME.pth` and `projector_NAME.pth`."""
+    return {
+        folder / f"{part}_{name}.pth": partial(_export, name, part)
+        for part in ("encoder", "projector")
+        for name in names
+    }
+
+
+def _export(name: str, part: str, state: dict[str, Any]) -> dict[str, Tensor]:
+    return Student.part_of(state["students"][name]["model"], part)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from token_losses import Tokens
 from torch import Tensor, nn
 
-from pixio.adaptors import load_encoder
+from pixio.adaptors import fingerprint, load_encoder
 
 
 def load_teacher(name: str, pretrained: str | None, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -26,12 +26,16 @@ def load_teacher(name: str, pretrained: str | None, device: torch.device, dtype:
         device: where it computes.
         dtype: what autocast computes in there.
 
+    Returns:
+        The encoder; its attribute `fingerprint` tells its weights from others, whatever `dtype` is.
+
     Raises:
         FileNotFoundError, ValueError: see `pixio.adaptors.load_encoder`; and a teacher without weights.
     """
     if pretrained is None and not name.startswith("hf/"):
         raise ValueError(f"--teacher_pretrained is missing: with random weights {name} has nothing to teach")
     teacher = load_encoder(name, pretrained).requires_grad_(False)
+    teacher.fingerprint = fingerprint(teacher)
     for module in teacher.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             module.to(device, dtype)
@@ -67,6 +71,23 @@ def check_teacher(teacher: nn.Module, size: int, patch_size: int, n_cls_tokens: 
             f"the teacher's patches of {teacher.patch_size} px make a grid of {theirs} x {theirs}, the "
             f"students' of {patch_size} px one of {ours} x {ours}: add --resize_teacher to interpolate the "
             "teacher's map"
+        )
+
+
+def check_same_teacher(teacher: nn.Module, taught: str | None) -> None:
+    """Refuse to go on with students of a teacher with other weights.
+
+    Args:
+        teacher: from `load_teacher`.
+        taught: `fingerprint` of the teacher that the checkpoint names; None if it names none.
+
+    Raises:
+        ValueError: it is not this one.
+    """
+    if taught not in (None, teacher.fingerprint):
+        raise ValueError(
+            f"the run was begun with a teacher of other weights (SHA-256 {taught[:12]}…, now "
+            f"{teacher.fingerprint[:12]}…): give that --teacher_pretrained, or choose another --output_dir"
         )
 
 

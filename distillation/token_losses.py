@@ -17,6 +17,11 @@ class Tokens(NamedTuple):
     cls: Tensor
     patch: Tensor
 
+    @staticmethod
+    def split(tokens: Tensor, n_cls_tokens: int) -> "Tokens":
+        """Of tokens [B, C + V, D], class tokens first."""
+        return Tokens(tokens[:, :n_cls_tokens], tokens[:, n_cls_tokens:])
+
 
 def token_loss(
     student: Tokens,

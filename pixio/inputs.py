@@ -179,10 +179,10 @@ def read_image(image: Source) -> "Image.Image":
         from PIL import Image
     except ImportError as error:
         raise ImportError(f"reading images needs {error.name}: pip install pillow numpy") from None
-    from pixio.data.transforms import DamagedDataError, _to_rgb, decode
+    from pixio.data.transforms import DamagedDataError, decode, to_rgb
 
     if isinstance(image, Image.Image):
-        return _to_rgb(image)
+        return to_rgb(image)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
             raise ValueError(

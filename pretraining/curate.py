@@ -34,7 +34,7 @@ import pixio
 from pixio.data import Curation, DamagedDataError, find_shards, normalise
 from pixio.data.scores import ENTROPY_SIZE, colour_entropy
 from pixio.data.shards import Entry, TarShard
-from pixio.data.streams import statistics_path
+from pixio.data.streams import has_scores, statistics_path
 from pixio.data.transforms import decode_crop, read_size
 from pixio.engine.checkpoint import write_atomic
 from pixio.engine.config import option, parse
@@ -76,6 +76,8 @@ class CurateConfig:
         for name in ("mask_draws", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, found {getattr(self, name)}")
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"--mask_ratio must lie between 0 and 1, found {self.mask_ratio}")
 
     @property
     def scores(self) -> list[str]:
@@ -100,6 +102,11 @@ class ReportConfig:
     max_tars: int = option(100, "tars that are looked at, evenly spread over the set")
     images: int = option(48, "images on each contact sheet")
     seed: int = option(0, "of the choice of images")
+
+    def __post_init__(self) -> None:
+        for name in ("max_tars", "images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, found {getattr(self, name)}")
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -152,7 +159,7 @@ class Tars(IterableDataset):
                     names.append(entry.key)
                     images.append(pixels)
                     seeds.append(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big"))
-            except (DamagedDataError, OSError) as error:
+            except DamagedDataError as error:  # but where the disk fails the tar is to be tried again
                 records[entry.key] = {"error": str(error)}
         last = first + self.batch_size >= len(entries)
         return Part(index, records, names, self._stack(images), seeds, len(entries), last)
@@ -192,6 +199,9 @@ def reconstruction_losses(
 
     Returns:
         Mean squared errors of normalised masked pixels, means over the masks, rounded.
+
+    Raises:
+        ValueError: one is not finite.
     """
     if not len(pixels):
         return []
@@ -212,7 +222,10 @@ def reconstruction_losses(
             out = mae(images, mask_ratio, noise.float())
         # one image at a time, [1, …]: the loss is a mean over its batch
         total += torch.vmap(mae.loss)(images[:, None], out.pred[:, None], out.mask[:, None])  # [B]
-    return [round(loss, LOSS_DIGITS) for loss in (total / mask_draws)[: len(pixels)].tolist()]
+    losses = total[: len(pixels)] / mask_draws
+    if not losses.isfinite().all():
+        raise ValueError("the loss of an image is not finite: use --dtype fp32, or another --checkpoint")
+    return [round(loss, LOSS_DIGITS) for loss in losses.tolist()]
 
 
 def curate(config: CurateConfig, runtime: Runtime) -> Counter[str]:
@@ -293,17 +306,23 @@ def statistics_paths(shards: Sequence[TarShard], json_path: str) -> list[str]:
 
 def read_statistics(path: str) -> dict[str, Any]:
     """The records of a tar by member name; none where there is no readable file."""
+    records = read_object(path)
+    return {name: record for name, record in records.items() if isinstance(record, dict)}
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing where there is no readable object."""
     try:
-        records = json.loads(Path(path).read_bytes())
+        found = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    return records if isinstance(records, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
 def is_done(path: str, config: CurateConfig) -> bool:
     """Whether a tar has all the scores that this run computes."""
     records = read_statistics(path).values()
-    return bool(records) and all("error" in record or record.keys() >= set(config.keys) for record in records)
+    return bool(records) and all("error" in record or has_scores(record, config.keys) for record in records)
 
 
 def write_statistics(path: str, records: dict[str, dict[str, Any]]) -> None:
@@ -332,7 +351,7 @@ def check_settings(config: CurateConfig, mae: PixioMAE | None, runtime: Runtime)
         **{name: getattr(config, name) for name in ("mask_draws", "mask_ratio", "seed", "dtype")},
     }
     path = Path(config.json_path) / "loss_settings.json"
-    if path.exists() and (found := read_statistics(str(path))) != settings:
+    if path.exists() and (found := read_object(path)) != settings:
         raise ValueError(
             f"{path} says that the losses here come from {found}, not {settings}: choose another --json_path"
         )
@@ -353,16 +372,21 @@ class Scored(NamedTuple):
 def report(config: ReportConfig) -> None:
     """Write `report.json`, `histograms.png` and the contact sheets, and print the shares."""
     shards = find_shards("webdataset", config.data_path, 0)
-    step = max(1, len(shards) // config.max_tars)
-    records = {i: Curation(config.json_path).load(shards[i]) or {} for i in range(0, len(shards), step)}
-    images = [Scored(i, name, record) for i, tar in records.items() for name, record in tar.items()]
-    scored = [image for image in images if KEYS["entropy"][0] in image.record]
+    chosen = np.linspace(0, len(shards) - 1, min(len(shards), config.max_tars)).astype(int).tolist()
+    records = {i: Curation(config.json_path).load(shards[i]) or {} for i in chosen}
+    images = [
+        Scored(i, name, record)
+        for i, tar in records.items()
+        for name, record in tar.items()
+        if isinstance(record, dict)
+    ]
+    scored = [image for image in images if has_scores(image.record, KEYS["size"] + KEYS["entropy"])]
     if not scored:
         raise ValueError(f"{config.json_path} holds no histogram_score for the tars in {config.data_path}")
     values = {
         "histogram_score": np.array([image.record["histogram_score"] for image in scored]),
         "shorter side": np.array([min(image.record["width"], image.record["height"]) for image in scored]),
-        "mae_loss": np.array([image.record.get("mae_loss", np.nan) for image in scored]),
+        "mae_loss": np.array([image.record.get("mae_loss") for image in scored], dtype=float),  # None is NaN
     }
     scores, sides, losses = values["histogram_score"], values["shorter side"], values["mae_loss"]
     passes = (scores > config.hist_thresh) & (sides >= config.imgres_thresh)
@@ -426,7 +450,12 @@ def draw_sheet(images: Sequence[Scored], shards: Sequence[TarShard], path: Path)
     for at, (tar, name, record) in enumerate(images):
         x, y = at % columns * side, at // columns * (side + caption)
         with shards[tar].open(0) as source:
-            entry = next(entry for entry in source.entries if entry.key == name)
+            entry = next((entry for entry in source.entries if entry.key == name), None)
+            if entry is None:
+                raise ValueError(
+                    f"{shards[tar].name} has no member {name!r}, but its statistics have: remove them, and "
+                    "compute them again"
+                )
             pixels = decode_crop(source.read(entry), side, whole)
         sheet.paste(Image.fromarray(pixels.permute(1, 2, 0).numpy()), (x, y))
         words = [f"{record['histogram_score']:.1f}", f"{record['width']}x{record['height']}"]
@@ -445,7 +474,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = parse(CurateConfig, arguments, prog="curate.py")
         os.makedirs(config.json_path, exist_ok=True)
         runtime = start_runtime(
-            config.device, config.dtype, config.world_size, config.local_rank, config.dist_url, PATIENCE
+            config.device,
+            config.dtype,
+            config.world_size,
+            config.local_rank,
+            config.dist_url,
+            timeout_minutes=PATIENCE,
         )
         try:
             counts = sum(runtime.gather(curate(config, runtime)), Counter())

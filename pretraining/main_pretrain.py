@@ -4,9 +4,9 @@ appendix).
     python main_pretrain.py --model pixio_vits16_enc384x12h6_dec256x4h8 --data_path DIR --output_dir runs/s16
     torchrun --nproc_per_node 8 main_pretrain.py …
 
-The same command resumes a run that was stopped. `log.jsonl`, `config.json`, `checkpoints/` and `encoder.pth`,
-the encoder alone under the released keys, lie in `--output_dir`. Descends from MAE's main_pretrain.py
-(https://github.com/facebookresearch/mae).
+The same command resumes a run that was stopped. `--output_dir` receives `log.jsonl`, `config.json`,
+`data_report.json` (damaged files by name), `checkpoints/` and `encoder.pth`, the encoder alone under the
+released keys. Descends from MAE's main_pretrain.py (https://github.com/facebookresearch/mae).
 """
 
 import time
@@ -22,9 +22,16 @@ from pixio.data import DataError, Loader, normalise, open_stream
 from pixio.engine.checkpoint import Checkpoints, Interval, read_checkpoint, restore
 from pixio.engine.config import option, parse
 from pixio.engine.optim import make_adamw, set_lr
-from pixio.engine.recipe import TrainConfig, check_same_run, run_program, save_report, start_log
+from pixio.engine.recipe import (
+    TrainConfig,
+    check_same_run,
+    is_finished,
+    run_program,
+    save_report,
+    save_when_due,
+    start_log,
+)
 from pixio.engine.runtime import Runtime
-from pixio.engine.schedule import warmup_cosine
 from pixio.engine.signals import Stopped
 from pixio.engine.step import NonFiniteLoss, accumulate
 
@@ -79,21 +86,17 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
     state = checkpoints.load_latest() or (read_checkpoint(config.resume) if config.resume else None)
     start, images = config.start_step, 0
     if state:
-        check_same_run(config, state["config"], ("model", "input_size", "n_cls_tokens"))
+        check_same_run(config, state, ("model", "input_size", "n_cls_tokens"))
         start, images = state["step"], state["images"]
         restore(mae, optimizer, state)
         scaler.load_state_dict(state["scaler"])
-    if start >= config.total_steps:
-        print(f"{output} is finished: {start} of {config.total_steps} steps are done")
+    if is_finished(config, runtime, start):
         return
 
     # ---- data
     loader = Loader(
         open_stream(**config.stream_options()),
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        num_workers=config.num_workers,
-        pin_memory=config.pin_mem and runtime.pins_memory,
+        **config.loader_options(runtime),
         state=state["data"] if state else None,
     )
 
@@ -126,7 +129,7 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
         waiting = time.perf_counter()
         micro_batches = [next(batches)["images"] for _ in range(config.accum_iter)]
         waiting = time.perf_counter() - waiting
-        lr = warmup_cosine(step, base_lr, config.min_lr, config.warmup_steps, config.total_steps)
+        lr = config.lr_at(step, base_lr)
         set_lr(optimizer, lr, frozen="encoder" if step < config.freeze_encoder_steps else None)
         runtime.seed(config.seed, step)  # masks and stochastic depth
         try:
@@ -146,15 +149,7 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
             memory=runtime.memory,
             data=dict(loader.counts),
         )
-        stopping = runtime.asked_to_stop() and done < config.total_steps
-        if (
-            stopping
-            or interval.due(done)
-            or done == config.total_steps
-            or (config.keep_every and done % config.keep_every == 0)
-        ):
-            save(done, wait=stopping or done == config.total_steps)
-        if stopping:
+        if save_when_due(config, runtime, interval, done, save):
             log.close()
             raise Stopped
     log.close()

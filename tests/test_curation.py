@@ -1,6 +1,8 @@
 """Curation: what the scores are, and that nothing about the run that computes them shows in the files."""
 
+import errno
 import importlib.util
+import inspect
 import io
 import json
 import math
@@ -254,6 +256,40 @@ def test_interrupted_run_goes_on_and_writes_the_same_bytes(tars, scored, checkpo
     assert content(tmp_path) == content(scored)
 
 
+def test_tar_on_a_failing_disk_is_not_damaged_but_scored_by_the_next_run(tars, scored, tmp_path, monkeypatch):
+    def fail(descriptor, offset, size):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("pixio.data.shards._read_at", fail)
+    run(tars, tmp_path, "--only", "size")
+    assert content(tmp_path) == {}
+    monkeypatch.undo()
+    run(tars, tmp_path, "--only", "size")
+    assert len(content(tmp_path)) == 5
+
+
+def test_ranks_wait_longer_for_each_other_than_for_a_step_of_training(tars, tmp_path, monkeypatch):
+    asked = {}
+
+    def start(*args, **options):
+        bound = inspect.signature(start_runtime).bind(*args, **options)
+        bound.apply_defaults()
+        asked.update(bound.arguments)
+        return start_runtime(*args, **options)
+
+    monkeypatch.setattr(curate, "start_runtime", start)
+    run(tars, tmp_path, "--only", "size")
+    assert (asked["parallel"], asked["timeout_minutes"]) == ("ddp", curate.PATIENCE)
+
+
+def test_statistics_of_others_are_completed(tars, scored, tmp_path):
+    (tmp_path / "part0").mkdir()
+    (tmp_path / "part0" / "0.json").write_text('{"00.jpg": 3, "01.jpg": {"width": null, "height": 64}}')
+    run(tars, tmp_path, "--only", "size")
+    sizes = json.loads((tmp_path / "part0" / "0.json").read_text())
+    assert sizes["00.jpg"] == sizes["01.jpg"] == {"width": 64, "height": 64}
+
+
 def test_scores_may_be_computed_one_after_the_other(tars, scored, checkpoint, tmp_path):
     run(tars, tmp_path, "--only", "size")
     assert list(json.loads((tmp_path / "part0" / "0.json").read_text())["00.jpg"]) == ["width", "height"]
@@ -294,6 +330,7 @@ def test_tars_that_would_share_a_file_are_refused(tmp_path):
         (["--only", "size,colour"], "colour: choose from size, entropy, loss"),
         (["--only", "loss"], "--checkpoint is needed"),
         (["--only", "size", "--checkpoint", "x.pt"], "only for it"),
+        (["--only", "size", "--mask_ratio", "0"], "--mask_ratio must lie between 0 and 1, found 0.0"),
     ],
 )
 def test_mistakes_are_one_clear_line(tars, tmp_path, capsys, flags, message):
@@ -313,3 +350,20 @@ def test_report_draws_what_is_kept_and_dropped(tars, scored, tmp_path, capsys):
     for name in ("kept", "dropped", "nearly_dropped", "histograms"):
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert picture.width > 400
+
+
+def test_report_looks_at_so_many_tars_spread_over_the_set(tars, scored, tmp_path):
+    flags = ["--data_path", str(tars), "--json_path", str(scored), "--output", str(tmp_path)]
+    curate.main(["report", *flags, "--max_tars", "3"])
+    assert json.loads((tmp_path / "report.json").read_text())["images"] == 27
+    with pytest.raises(SystemExit):
+        curate.main(["report", *flags, "--max_tars", "0"])
+
+
+def test_report_says_that_a_tar_has_changed_since_it_was_scored(tars, tmp_path):
+    write_tar(tmp_path / "tars" / "a" / "0.tar", {"0.jpg": scene(0), "1.jpg": scene(1)})
+    run(tmp_path / "tars", tmp_path / "stats", "--only", "size,entropy")
+    write_tar(tmp_path / "tars" / "a" / "0.tar", {"0.jpg": scene(0)})
+    flags = ["--data_path", tmp_path / "tars", "--json_path", tmp_path / "stats", "--output", tmp_path]
+    with pytest.raises(SystemExit, match=r"a/0\.tar has no member '1\.jpg'"):
+        curate.main(["report", *map(str, flags)])

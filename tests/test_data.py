@@ -1,5 +1,6 @@
 """Streams: each image once per pass, exact resumption, curation, damage, and faithful crops."""
 
+import errno
 import io
 import json
 import math
@@ -381,6 +382,23 @@ def test_folder_reads_all_image_files_mixed_over_its_shards(tmp_path):
     assert all({key[0] for key in chunk} == set("abc") for chunk in chunks)
 
 
+def test_folder_that_cannot_be_listed_is_left_out_with_a_note(tmp_path, monkeypatch):
+    for name in ("open", "closed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").touch()
+    listed = os.scandir
+
+    def scandir(folder):
+        if Path(folder).name == "closed":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.warns(UserWarning, match="closed cannot be listed and is left out: Permission denied"):
+        (shard,) = find_shards("folder", str(tmp_path), 4)
+    assert shard.files == "open/0.png"
+
+
 def test_scenes_are_new_in_every_pass():
     shard = find_shards("scenes", None, 16)[3]
     with shard.open(0) as first, shard.open(1) as second:
@@ -599,11 +617,25 @@ def damage(path: Path, how: str) -> None:
         info = tarfile.TarInfo("a.png")
         info.size = 1 << 50
         path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + b"\0" * 1024)
+    elif how == "huge name":
+        info = tarfile.TarInfo("././@LongLink")
+        info.type, info.size = tarfile.GNUTYPE_LONGNAME, 1 << 50
+        path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + data)
 
 
-@pytest.mark.parametrize(
-    "how", ["truncated", "empty", "not a tar", "broken header", "no image", "negative size", "huge size"]
-)
+DAMAGES = [
+    "truncated",
+    "empty",
+    "not a tar",
+    "broken header",
+    "no image",
+    "negative size",
+    "huge size",
+    "huge name",
+]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
 def test_damaged_tar_is_skipped_and_counted(tmp_path, how):
     write_tars(tmp_path, [10, 10, 10])
     damage(tmp_path / "set-train-001.tar", how)
@@ -791,6 +823,11 @@ def test_central_crop_larger_than_the_image_is_refused():
         resize_centre_crop(noise(90, 70), 48, 64)
 
 
+def test_central_crop_of_a_strip_too_thin_to_be_resized_is_refused():
+    with pytest.raises(DamagedDataError, match="256 x 5120000 is above"):
+        resize_centre_crop(Image.new("RGB", (1, 20_000)), 256, 256)
+
+
 def test_normalise_matches_torchvision_and_is_undone():
     images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     expected = tvf.normalize(images.float() / 255, transforms.IMAGENET_MEAN, transforms.IMAGENET_STD)
@@ -971,7 +1008,7 @@ def test_damaged_bytes_raise_one_error():
 
 def test_too_many_pixels_are_refused_from_the_header(monkeypatch):
     monkeypatch.setattr(transforms, "MAX_PIXELS", 99)
-    monkeypatch.setattr(transforms, "_to_rgb", lambda image: pytest.fail("decoded"))
+    monkeypatch.setattr(transforms, "to_rgb", lambda image: pytest.fail("decoded"))
     monkeypatch.setattr(jpeg, "decode_rows", lambda *args: pytest.fail("decoded"))
     data = encoded(noise(10, 10), "jpeg")
     for read in (decode, transforms.read_size, lambda data: decode_crop(data, 4, lambda w, h: (0, 0, w, h))):

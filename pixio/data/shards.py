@@ -12,6 +12,7 @@ import os
 import shutil
 import tarfile
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -134,6 +135,8 @@ def _index(file: BinaryIO) -> list[Entry]:
                 raise DamagedDataError(f"broken header at byte {tar.offset}")
     except DamagedDataError:
         raise
+    except MemoryError as error:  # tarfile reserves what a header says that a long name takes
+        raise DamagedDataError("not a readable tar: a header claims an impossible size") from error
     except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, RecursionError) as error:
         raise DamagedDataError(f"not a readable tar: {error}") from error
     if not entries:
@@ -189,9 +192,13 @@ class SceneShard:
 
 def _walk(root: Path, suffixes: tuple[str, ...]) -> list[str]:
     """Relative paths of all files below a folder with one of the suffixes, sorted; links are followed."""
+
+    def tell(error: OSError) -> None:
+        warnings.warn(f"{error.filename} cannot be listed and is left out: {error.strerror}", stacklevel=2)
+
     return sorted(
         os.path.relpath(os.path.join(folder, name), root)
-        for folder, _, names in os.walk(root, followlinks=True)
+        for folder, _, names in os.walk(root, onerror=tell, followlinks=True)
         for name in names
         if name.lower().endswith(suffixes)
     )

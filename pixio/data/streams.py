@@ -81,6 +81,11 @@ def statistics_path(json_path: str, shard: TarShard) -> str | None:
     return os.path.join(json_path, folder, f"{stem}.json")
 
 
+def has_scores(record: Any, keys: Sequence[str]) -> bool:
+    """Whether what the statistics hold for an image has a number under each key."""
+    return isinstance(record, dict) and all(isinstance(record.get(key), int | float) for key in keys)
+
+
 @dataclass(frozen=True)
 class Curation:
     """Which images of a web-scale set are worth training on, by statistics computed beforehand.
@@ -137,7 +142,7 @@ class Curation:
         needed = ["histogram_score"] * (self.hist_thresh is not None)
         needed += ["width", "height"] * (self.imgres_thresh is not None)
         needed += ["mae_loss"] * self.soft_sampling
-        if not isinstance(record, dict) or not all(isinstance(record.get(k), int | float) for k in needed):
+        if not has_scores(record, needed):
             return "no_statistics"
         if self.hist_thresh is not None and not record["histogram_score"] > self.hist_thresh:
             return "histogram"
@@ -543,7 +548,8 @@ class Loader:
                 if not dead:
                     raise
                 raise DataError(
-                    f"a worker process died while it read {dead}: out of memory, or a fault in a decoder"
+                    f"a worker process died while it read {dead}: out of memory, /dev/shm too small for "
+                    "the batches of all workers (fewer workers need less), or a fault in a decoder"
                 ) from error
             if "failure" in batch:
                 raise DataError(batch["failure"])

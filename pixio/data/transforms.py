@@ -19,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from pixio.data import jpeg
+from pixio.inputs import to_tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -100,7 +101,7 @@ def decode(data: bytes) -> Image.Image:
 
     def upright(image: Image.Image) -> Image.Image:
         turn = _UPRIGHT.get(_orientation(image.info.get("exif")))
-        image = _to_rgb(image)
+        image = to_rgb(image)
         return image.transpose(turn) if turn is not None else image
 
     return _open(data, upright)
@@ -155,7 +156,8 @@ def _orientation(exif: bytes | None) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB, as `decode` says; it is loaded, but not turned."""
     if image.mode == "RGB" and "transparency" not in image.info:
         image.load()
         return image
@@ -264,7 +266,7 @@ def _resize_box(image: Image.Image, box: Box, size: int, exact: bool) -> Tensor:
     # cropped first: `resize(box=...)` would let the filter reach pixels outside the box
     crop = image.crop((left, top, left + width, top + height))
     if exact:
-        return _to_tensor(crop.resize((size, size), Image.Resampling.BICUBIC))
+        return to_tensor(crop.resize((size, size), Image.Resampling.BICUBIC))
     return _resize(np.array(crop), size)
 
 
@@ -288,14 +290,16 @@ def resize_centre_crop(image: Image.Image, resize: int, crop: int) -> Tensor:
 
     Raises:
         ValueError: the crop is larger than the resized side.
+        DamagedDataError: a strip so thin that it would be resized to more than MAX_PIXELS.
     """
     if crop > resize:
         raise ValueError(f"the central crop ({crop} px) is larger than the resized side ({resize} px)")
     short = min(image.size)
     width, height = (resize * side // short for side in image.size)
+    _check_pixels(width, height)
     left, top = round((width - crop) / 2), round((height - crop) / 2)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    return _to_tensor(resized.crop((left, top, left + crop, top + crop)))
+    return to_tensor(resized.crop((left, top, left + crop, top + crop)))
 
 
 def load_image(path: str | Path, size: int) -> Tensor:
@@ -316,8 +320,4 @@ def load_image(path: str | Path, size: int) -> Tensor:
         image = decode(Path(path).read_bytes())
     except DamagedDataError as error:
         raise DamagedDataError(f"{path}: {error}") from error
-    return _to_tensor(image.resize((size, size), Image.Resampling.BICUBIC))[None]
-
-
-def _to_tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # [3, H, W]
+    return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC))[None]

@@ -186,7 +186,7 @@ class Checkpoints:
             step: optimiser steps taken so far.
             state: tensors (shards too), numbers, text, and dictionaries, lists and tuples of them.
             exports: further files to make, before the checkpoint is pointed to; each function is called on
-                rank 0 with what `read_checkpoint` gives, and returns the part whose tensors are written whole.
+                rank 0 with what `read_checkpoint` gives, and returns the part that is written, fetched.
             wait: return when all is on the disk; else when a copy of `state` is made, which may then change.
 
         Raises:

@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pixio.engine.checkpoint import write_atomic
+from pixio.engine.checkpoint import Interval, write_atomic
 from pixio.engine.config import option, save_config
 from pixio.engine.logs import Log
 from pixio.engine.runtime import Runtime, start_runtime
+from pixio.engine.schedule import warmup_cosine
 from pixio.engine.signals import heed_signals
 from pixio.engine.step import NonFiniteLoss
 
@@ -106,11 +107,24 @@ class TrainConfig:
         """--lr, or --blr scaled linearly with the images of a step (Goyal et al., arXiv 1706.02677)."""
         return self.lr if self.lr is not None else self.blr * self.images_per_step(world_size) / 256
 
+    def lr_at(self, step: int, peak_lr: float) -> float:
+        """Learning rate of a step: a linear rise to the peak, then half a cosine down to --min_lr."""
+        return warmup_cosine(step, peak_lr, self.min_lr, self.warmup_steps, self.total_steps)
+
     def stream_options(self) -> dict[str, Any]:
         """Arguments of `pixio.data.open_stream`."""
         names = ("dataset_type", "data_path", "json_path", "soft_sampling", "hist_thresh", "imgres_thresh")
         options = {name: getattr(self, name) for name in (*names, "batch_size", "seed", "decode")}
         return options | {"size": self.input_size, "crop_scale": (self.crop_scale_min, 1.0)}
+
+    def loader_options(self, runtime: Runtime) -> dict[str, Any]:
+        """Arguments of `pixio.data.Loader`, beside its stream and its state."""
+        return {
+            "rank": runtime.rank,
+            "world_size": runtime.world_size,
+            "num_workers": self.num_workers,
+            "pin_memory": self.pin_mem and runtime.pins_memory,
+        }
 
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -170,13 +184,43 @@ def save_report(config: TrainConfig, runtime: Runtime, report: dict[str, Any]) -
         write_atomic(Path(config.output_dir) / "data_report.json", lambda file: file.write(text.encode()))
 
 
-def check_same_run(config: TrainConfig, saved: dict[str, Any], keys: tuple[str, ...]) -> None:
-    """Refuse to go on with a run whose saved configuration differs in one of `keys`.
+def save_when_due(
+    config: TrainConfig, runtime: Runtime, interval: Interval, step: int, save: Callable[..., None]
+) -> bool:
+    """Collective: `save(step, wait=…)` where it is time to; returns whether the run was asked to stop.
+
+    It is time when `interval` is due, every --save_freq epochs, at the end of the run, and before it stops;
+    these last two saves are waited for. After its last step a run ends instead of stopping.
+    """
+    last = step == config.total_steps
+    stopping = runtime.asked_to_stop() and not last
+    kept = config.keep_every > 0 and step % config.keep_every == 0
+    if stopping or interval.due(step) or last or kept:
+        save(step, wait=stopping or last)
+    return stopping
+
+
+def is_finished(config: TrainConfig, runtime: Runtime, step: int) -> bool:
+    """Whether a run that stands at `step` has no step left; says so."""
+    finished = step >= config.total_steps
+    if finished and runtime.is_main:
+        print(f"{config.output_dir} is finished: {step} of {config.total_steps} steps are done")
+    return finished
+
+
+def check_same_run(config: TrainConfig, state: dict[str, Any], keys: tuple[str, ...]) -> None:
+    """Refuse to go on from a checkpoint whose configuration differs in one of `keys`.
 
     Raises:
-        ValueError: it does; the message names both values.
+        ValueError: it does, and the message names both values; or it has none of this program.
     """
+    saved = state.get("config") or {}
     for key in keys:
+        if key not in saved:
+            raise ValueError(
+                f"the checkpoint in {config.resume or config.output_dir} is of another program: "
+                f"its configuration has no {key}"
+            )
         if saved[key] != (here := asdict(config)[key]):
             raise ValueError(
                 f"{config.output_dir} holds a run with {key} {saved[key]}, not {here}: "
