@@ -77,7 +77,7 @@ class DenseConfig:
 
     def __post_init__(self) -> None:
         least = {"epochs": 1, "batch_size": 1, "batches_per_step": 1, "window_batch": 1, "eval_freq": 1}
-        for name, minimum in (least | {"crop_size": 1, "panels": 0}).items():
+        for name, minimum in (least | {"crop_size": 1, "panels": 0, "num_workers": 0, "seed": 0}).items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"--{name} must be at least {minimum}, found {getattr(self, name)}")
         if self.eval_only and self.head in KINDS:
@@ -116,7 +116,7 @@ class Task:
         identity: settings beside the sizes that a trained head is bound to.
         warmup: share of the steps in which the learning rate rises.
         metrics: name -> whether higher is better.
-        open_split: "train" or "val" and crop size (None = whole) -> the items.
+        open_split: "train" or "val", split file or None, crop size (None = whole) -> the items.
         loss: logits float32 [B, O, S, S], targets [B, S, S] -> scalar.
         average: logits [n, O, S, S] -> what is averaged where windows overlap, same shape.
         decide: averages [O, H, W] -> the prediction for an image [H, W], metres or classes.
@@ -130,7 +130,7 @@ class Task:
     identity: dict[str, Any]
     warmup: float
     metrics: dict[str, bool]
-    open_split: Callable[[str, int | None], Pairs]
+    open_split: Callable[[str, str | None, int | None], Pairs]
     loss: Callable[[Tensor, Tensor], Tensor]
     average: Callable[[Tensor], Tensor]
     decide: Callable[[Tensor], Tensor]
@@ -216,7 +216,8 @@ def set_up(config: DenseConfig, task: Task, runtime: Runtime) -> Bench:
 
 def open_split(task: Task, config: DenseConfig, runtime: Runtime, split: str, crop_size: int | None) -> Pairs:
     """A split of the data, complaining if its number of images is not the published one."""
-    pairs = task.open_split(split, crop_size)
+    split_file = config.train_split_file if split == "train" else config.val_split_file
+    pairs = task.open_split(split, split_file, crop_size)
     if pairs.complaint and config.expect_count:
         raise ValueError(pairs.complaint)
     if pairs.complaint and runtime.is_main:

@@ -234,7 +234,7 @@ def test_batches_that_the_ranks_cannot_share_are_refused(trees, tmp_path):
     bench = dense.set_up(config, task, dense.Runtime(torch.device("cpu")))
     three = dense.Runtime(torch.device("cpu"), world_size=3)
     with pytest.raises(ValueError, match="8 batches per step cannot be shared by 3 ranks"):
-        dense.train_head(dataclasses.replace(bench, runtime=three), task.open_split("train", 32))
+        dense.train_head(dataclasses.replace(bench, runtime=three), task.open_split("train", None, 32))
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------
@@ -311,6 +311,7 @@ def test_counts_are_a_warning_or_an_error(trees, tmp_path, capsys):
         ("--head convolution", "neither linear nor dpt"),
         ("--head linear --eval_only", "--eval_only needs the file of a trained head"),
         ("--epochs 0", "--epochs must be at least 1"),
+        ("--seed -1", "--seed must be at least 0, found -1"),
         ("--nclass 3", "--nclass is 3, but ade20k has 150 class names"),
         ("--crop_size 8", "--crop_size 8 is below the patch size, 16 pixels"),
         ("--head nowhere.pth --eval_only", "no checkpoint at nowhere.pth"),
