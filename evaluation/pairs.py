@@ -151,6 +151,8 @@ def list_pairs(
     if missing:
         named = ", ".join(missing[:3])
         lacking = f"; missing {named}" + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+    if not pairs and split_file:
+        raise FileNotFoundError(f"{split_file} names no {split} pairs")
     if not pairs:
         raise FileNotFoundError(f"{folder} holds no {split} pairs{lacking}; see the README for its layout")
     if expected is None or split_file or len(pairs) == expected:
