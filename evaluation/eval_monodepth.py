@@ -61,9 +61,7 @@ def depth_task(config: DepthConfig) -> Task:
         identity={"max_depth": config.max_depth},
         warmup=0.1,
         metrics={metric: metric in HIGHER_IS_BETTER for metric in METRICS},
-        open_split=partial(
-            open_split, config.dataset, config.data_root, units_per_metre=config.depth_scale
-        ),
+        open_split=partial(open_split, config.dataset, config.data_root, units_per_metre=config.depth_scale),
         loss=lambda logits, target: silog_loss(metres(logits).squeeze(1), target, **limits),
         average=metres,
         decide=lambda averages: averages[0],

@@ -450,6 +450,19 @@ def test_the_table_shows_runs_beside_published_numbers(segmented, capsys):
     assert rows[-6][rows[0].index("KITTI DPT")] == "2.210/96.7"
 
 
+def test_a_head_evaluated_again_hides_no_best_figure_and_counts_as_finished(segmented, tmp_path):
+    results = json.loads(json.dumps(segmented[0]))
+    results["best"]["miou"]["value"] = 98.7
+    again = segmented[0] | {"config": segmented[0]["config"] | {"eval_only": True, "epochs": 60}}
+    for number, content in enumerate((results, again)):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "results.json").write_text(json.dumps(content))
+        os.utime(tmp_path / str(number) / "results.json", (number, number))
+    found = {kind: cells for (_, kind), cells in collect_results.collect([tmp_path]).items()}
+    assert found["best"] == {("ade20k", "linear"): "98.7"}
+    assert found["last"] == {("ade20k", "linear"): f"{results['last']['miou']:.1f}"}
+
+
 def test_the_table_marks_runs_that_are_not_finished_and_refuses_foreign_files(segmented, tmp_path):
     results = json.loads(json.dumps(segmented[0]))
     results["config"]["epochs"] = 60
