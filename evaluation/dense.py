@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
@@ -315,7 +316,7 @@ def train_head(bench: Bench, train: Pairs) -> list[dict[str, Any]]:
     Raises:
         ValueError: the ranks cannot share a step, the folder holds another run, or the loss is not finite.
     """
-    config, task, runtime, head = bench.config, bench.task, bench.runtime, bench.head
+    config, runtime, head = bench.config, bench.runtime, bench.head
     if config.batches_per_step % runtime.world_size:
         raise ValueError(
             f"{config.batches_per_step} batches per step cannot be shared by {runtime.world_size} ranks: "
@@ -323,7 +324,7 @@ def train_head(bench: Bench, train: Pairs) -> list[dict[str, Any]]:
         )
     order = Order(len(train), config.batch_size * config.batches_per_step, config.seed)
     total = config.epochs * order.steps_per_epoch
-    warmup = int(task.warmup * total)
+    warmup = int(bench.task.warmup * total)
     model = runtime.wrap(head)
     optimizer = torch.optim.AdamW(
         head.parameters(), lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay
@@ -360,13 +361,6 @@ def train_head(bench: Bench, train: Pairs) -> list[dict[str, Any]]:
             },
         )
 
-    def loss_fn(model: nn.Module, crops: Item) -> Tensor:
-        images = normalise(crops.image.to(runtime.device, non_blocking=True))
-        targets = crops.target.to(runtime.device, non_blocking=True)
-        logits = model(bench.frozen(images), images.shape[-2:])  # [B, O, S, S]
-        batches = zip(logits.split(config.batch_size), targets.split(config.batch_size), strict=True)
-        return torch.stack([task.loss(*batch) for batch in batches]).mean()
-
     log = Log(bench.output, total, runtime.is_main, start_step=start, every=config.log_freq)
     interval = Interval(runtime, minutes=config.save_minutes)
     keys = order.keys(start, total, runtime.rank, runtime.world_size)
@@ -379,7 +373,7 @@ def train_head(bench: Bench, train: Pairs) -> list[dict[str, Any]]:
         lr = poly(step, config.lr, warmup, total)
         set_lr(optimizer, lr)
         try:
-            result = accumulate(runtime, model, optimizer, scaler, [crops], loss_fn)
+            result = accumulate(runtime, model, optimizer, scaler, [crops], partial(loss_of, bench))
         except NonFiniteLoss as error:
             raise ValueError(f"{error}. Rank {runtime.rank} had read {', '.join(crops.names)}") from error
         done = step + 1
@@ -403,6 +397,16 @@ def train_head(bench: Bench, train: Pairs) -> list[dict[str, Any]]:
             save(done)
     log.close()
     return rows
+
+
+def loss_of(bench: Bench, model: nn.Module, crops: Item) -> Tensor:
+    """The mean over the batches of a rank and step, each of `batch_size` crops and with a loss of its own."""
+    images = normalise(crops.image.to(bench.runtime.device, non_blocking=True))
+    targets = crops.target.to(bench.runtime.device, non_blocking=True)
+    logits = model(bench.frozen(images), images.shape[-2:])  # [B, O, S, S]
+    size = bench.config.batch_size
+    batches = zip(logits.split(size), targets.split(size), strict=True)
+    return torch.stack([bench.task.loss(*batch) for batch in batches]).mean()
 
 
 # ---------------------------------------------------------------------------------------------- results
