@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pixio.data import DamagedDataError, decode
+from pixio.data.shards import IMAGE_SUFFIXES
 from pixio.data.transforms import MAX_PIXELS
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class Pair(NamedTuple):
@@ -77,11 +76,9 @@ def list_folder(root: Path, split: str, targets: str, suffixes: tuple[str, ...])
         targets: name of the folder with depth or masks.
         suffixes: of target files; the first that exists is taken.
     """
-    by_stem = {
-        path[: path.rindex(".")].removeprefix(f"{split}/{targets}/"): path
-        for suffix in reversed(suffixes)
-        for path in find(root, f"{split}/{targets}/**/*{suffix}")
-    }
+    found = find(root, f"{split}/{targets}/**/*", suffixes)
+    found.sort(key=lambda path: suffixes.index(Path(path).suffix.lower()), reverse=True)  # the first one wins
+    by_stem = {path[: path.rindex(".")].removeprefix(f"{split}/{targets}/"): path for path in found}
     pairs, missing = [], []
     for image in find(root, f"{split}/images/**/*", IMAGE_SUFFIXES):
         stem = image[: image.rindex(".")].removeprefix(f"{split}/images/")

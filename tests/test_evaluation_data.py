@@ -182,9 +182,15 @@ def test_a_folder_of_ones_own_is_paired_by_name_in_subfolders_too(tmp_path):
     touch(
         tmp_path, ["train/depth/a.png", "train/depth/in/b.npy", "train/images/.e.jpg", "train/depth/.e.png"]
     )
+    touch(
+        tmp_path, [f"train/{name}" for name in ("images/f.jpg", "depth/f.PNG", "images/g.jpg", "depth/g.npy")]
+    )
+    touch(tmp_path, ["train/depth/g.png"])
     listing = depth_data.RULES["folder"](tmp_path, "train")
     assert listing.pairs == [
         ("train/images/a.jpg", "train/depth/a.png"),
+        ("train/images/f.jpg", "train/depth/f.PNG"),
+        ("train/images/g.jpg", "train/depth/g.png"),
         ("train/images/in/b.PNG", "train/depth/in/b.npy"),
     ]
     assert listing.missing == ["train/depth/c.png"]
