@@ -384,13 +384,17 @@ def test_patch_14_encoders_see_crops_of_a_multiple_of_14(trees, tmp_path, monkey
 
 @pytest.fixture
 def programs(tmp_path) -> dict[str, str]:
-    """Environment whose python, torchrun, srun and sbatch only say where and how they were called."""
+    """Environment whose python, torchrun, srun and sbatch only say where and how they were called.
+
+    They fail where a file named in a variable REFUSED is among their arguments.
+    """
     folder = tmp_path / "bin"
     folder.mkdir()
-    for name in ("python", "torchrun", "srun"):
-        (folder / name).write_text(f'#!/usr/bin/env bash\necho "{name} $PWD $*"\n')
+    script = '#!/usr/bin/env bash\necho "{name} $PWD $*"\n[[ -z "${{REFUSED:-}}" || "$*" != *"$REFUSED"* ]]\n'
+    for name in ("python", "torchrun", "srun", "sbatch"):
+        (folder / name).write_text(script.format(name=name))
         (folder / name).chmod(0o755)
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "GPUS"))}
     return clean | {"PATH": f"{folder}:{os.environ['PATH']}"}
 
 
@@ -430,6 +434,38 @@ def test_launch_scripts_work_as_slurms_copy(programs, tmp_path, submitted_from):
     config = CONFIG if submitted_from == ".." else EVALUATION / CONFIG
     call = CALL.format(config=config, weights="none")
     assert found == f"srun {EVALUATION} --kill-on-bad-exit=1 python {call}"
+
+
+ALL = ("monodepth", "kitti", "nyuv2"), ("semseg", "ade20k", "loveda", "pascal")
+CONFIGS = [
+    (task, f"{task}/configs/{name}_{head}.yaml")
+    for task, *names in ALL
+    for name in names
+    for head in ("dpt", "linear")
+]
+
+
+def test_all_evaluations_are_submitted_with_their_flags(programs, tmp_path):
+    (tmp_path / "w.pth").touch()
+    flags = {"DENSE_FLAGS": "--epochs 1", "KNN_FLAGS": "--per_block", "SBATCH_FLAGS": "--account mine"}
+    found = shell(f"bash {EVALUATION}/run_all.sh pixio_vitb16 w.pth", tmp_path, programs | flags)
+    start = f"sbatch {EVALUATION} --account mine"
+    model = f"pixio_vitb16 {tmp_path}/w.pth"
+    expected = [f"{start} launch_{task}.sh {config} {model} --epochs 1" for task, config in CONFIGS]
+    assert found.splitlines() == [*expected, f"{start} launch_knn.sh {model} --per_block"]
+
+
+@pytest.mark.parametrize("gpus", [{}, {"GPUS": "2"}])
+def test_all_others_run_where_one_evaluation_fails_and_the_script_fails_too(programs, tmp_path, gpus):
+    failed = "semseg/configs/loveda_dpt.yaml"
+    command = ["bash", f"{EVALUATION}/run_all.sh", "pixio_vitb16", "none"]
+    environment = programs | {"REFUSED": failed} | gpus
+    result = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr == f"failed: {failed}\n"
+    lines = result.stdout.splitlines()
+    assert len(lines) == 11
+    assert all(line.startswith("torchrun" if gpus else "sbatch") for line in lines)
 
 
 # --- the table ----------------------------------------------------------------------------------------------
