@@ -1,10 +1,11 @@
-"""One table of all evaluations below some folders, beside the published numbers (Markdown).
+"""One table of all evaluations on published data sets, beside the published numbers (Markdown).
 
-    python collect_results.py [FOLDER …]        FOLDER: runs/ by default
+    python collect_results.py [FOLDER …]        FOLDER: all below it is read; runs/ by default
 
-Depth: RMSE in metres / d1 in per cent; segmentation: mean IoU in per cent; k-NN: top-1 in per cent, k = 10.
-An encoder has two rows: the figures of the last epoch, and the best of all evaluations, metric by metric; the
-published ones are the best. A star marks a run that is not finished.
+Depth: RMSE in metres / d1 in per cent; segmentation: mean IoU in per cent; k-NN: top-1 in per cent, k = 10 or
+the first --nb_knn. An encoder has two rows: the figures of the last epoch, and the best of all evaluations,
+metric by metric; the published ones are the best. A run with --eval_only is in the first row alone. A star
+marks a run that is not finished.
 """
 
 import argparse
@@ -64,19 +65,21 @@ def collect(folders: list[Path]) -> dict[tuple[str, str], Cells]:
 
 
 def read_results(results: dict[str, Any]) -> tuple[str, tuple[str, str], dict[str, str]]:
-    """Name of the encoder, key of the column, and the figures "last" and "best" of one results.json."""
+    """Name of the encoder, key of the column, and its figures, "last" and "best", of one results.json."""
     encoder = f"{results['encoder']} {results['encoder_sha256'][:8]}"
     if results["task"] == "knn":
         figure = f"{results['k'][str(results['reported_k'])]['top1']:.1f}"
         return encoder, ("knn", ""), {"last": figure, "best": figure}
-    best = {metric: entry["value"] for metric, entry in results["best"].items()}
-    star = "" if results["last"]["epoch"] == results["config"]["epochs"] else "*"
+    config, rows = results["config"], {"last": results["last"]}
+    if not config["eval_only"]:  # which knows one epoch of the training, not the best
+        rows["best"] = {metric: entry["value"] for metric, entry in results["best"].items()}
+    star = "" if config["eval_only"] or results["last"]["epoch"] == config["epochs"] else "*"
     figures = {
         kind: (
             f"{row['rmse']:.3f}/{row['d1']:.1f}" if results["task"] == "monodepth" else f"{row['miou']:.1f}"
         )
         + star
-        for kind, row in (("last", results["last"]), ("best", best))
+        for kind, row in rows.items()
     }
     return encoder, (results["dataset"], results["head"]), figures
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
@@ -78,7 +79,7 @@ class DenseConfig:
 
     def __post_init__(self) -> None:
         least = {"epochs": 1, "batch_size": 1, "batches_per_step": 1, "window_batch": 1, "eval_freq": 1}
-        for name, minimum in (least | {"crop_size": 1, "panels": 0}).items():
+        for name, minimum in (least | {"crop_size": 1, "panels": 0, "num_workers": 0, "seed": 0}).items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"--{name} must be at least {minimum}, found {getattr(self, name)}")
         if self.eval_only and self.head in KINDS:
@@ -117,7 +118,7 @@ class Task:
         identity: settings beside the sizes that a trained head is bound to.
         warmup: share of the steps in which the learning rate rises.
         metrics: name -> whether higher is better.
-        open_split: "train" or "val" and crop size (None = whole) -> the items.
+        open_split: "train" or "val", split file or None, crop size (None = whole) -> the items.
         loss: logits float32 [B, O, S, S], targets [B, S, S] -> scalar.
         average: logits [n, O, S, S] -> what is averaged where windows overlap, same shape.
         decide: averages [O, H, W] -> the prediction for an image [H, W], metres or classes.
@@ -131,7 +132,7 @@ class Task:
     identity: dict[str, Any]
     warmup: float
     metrics: dict[str, bool]
-    open_split: Callable[[str, int | None], Pairs]
+    open_split: Callable[[str, str | None, int | None], Pairs]
     loss: Callable[[Tensor, Tensor], Tensor]
     average: Callable[[Tensor], Tensor]
     decide: Callable[[Tensor], Tensor]
@@ -217,7 +218,8 @@ def set_up(config: DenseConfig, task: Task, runtime: Runtime) -> Bench:
 
 def open_split(task: Task, config: DenseConfig, runtime: Runtime, split: str, crop_size: int | None) -> Pairs:
     """A split of the data, complaining if its number of images is not the published one."""
-    pairs = task.open_split(split, crop_size)
+    split_file = config.train_split_file if split == "train" else config.val_split_file
+    pairs = task.open_split(split, split_file, crop_size)
     if pairs.complaint and config.expect_count:
         raise ValueError(pairs.complaint)
     if pairs.complaint and runtime.is_main:
@@ -315,7 +317,7 @@ def train_head(bench: Bench, train: Pairs) -> list[dict[str, Any]]:
     Raises:
         ValueError: the ranks cannot share a step, the folder holds another run, or the loss is not finite.
     """
-    config, task, runtime, head = bench.config, bench.task, bench.runtime, bench.head
+    config, runtime, head = bench.config, bench.runtime, bench.head
     if config.batches_per_step % runtime.world_size:
         raise ValueError(
             f"{config.batches_per_step} batches per step cannot be shared by {runtime.world_size} ranks: "
@@ -323,7 +325,7 @@ def train_head(bench: Bench, train: Pairs) -> list[dict[str, Any]]:
         )
     order = Order(len(train), config.batch_size * config.batches_per_step, config.seed)
     total = config.epochs * order.steps_per_epoch
-    warmup = int(task.warmup * total)
+    warmup = int(bench.task.warmup * total)
     model = runtime.wrap(head)
     optimizer = torch.optim.AdamW(
         head.parameters(), lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay
@@ -358,13 +360,6 @@ def train_head(bench: Bench, train: Pairs) -> list[dict[str, Any]]:
             },
         )
 
-    def loss_fn(model: nn.Module, crops: Item) -> Tensor:
-        images = normalise(crops.image.to(runtime.device, non_blocking=True))
-        targets = crops.target.to(runtime.device, non_blocking=True)
-        logits = model(bench.frozen(images), images.shape[-2:])  # [B, O, S, S]
-        batches = zip(logits.split(config.batch_size), targets.split(config.batch_size), strict=True)
-        return torch.stack([task.loss(*batch) for batch in batches]).mean()
-
     log = Log(bench.output, total, runtime.is_main, start_step=start, every=config.log_freq)
     interval = Interval(runtime, minutes=config.save_minutes)
     keys = order.keys(start, total, runtime.rank, runtime.world_size)
@@ -377,7 +372,7 @@ def train_head(bench: Bench, train: Pairs) -> list[dict[str, Any]]:
         lr = poly(step, config.lr, warmup, total)
         set_lr(optimizer, lr)
         try:
-            result = accumulate(runtime, model, optimizer, scaler, [crops], loss_fn)
+            result = accumulate(runtime, model, optimizer, scaler, [crops], partial(loss_of, bench))
         except NonFiniteLoss as error:
             raise ValueError(f"{error}. Rank {runtime.rank} had read {', '.join(crops.names)}") from error
         done = step + 1
@@ -401,6 +396,16 @@ def train_head(bench: Bench, train: Pairs) -> list[dict[str, Any]]:
             save(done)
     log.close()
     return rows
+
+
+def loss_of(bench: Bench, model: nn.Module, crops: Item) -> Tensor:
+    """The mean over the batches of a rank and step, each of `batch_size` crops and with a loss of its own."""
+    images = normalise(crops.image.to(bench.runtime.device, non_blocking=True))
+    targets = crops.target.to(bench.runtime.device, non_blocking=True)
+    logits = model(bench.frozen(images), images.shape[-2:])  # [B, O, S, S]
+    size = bench.config.batch_size
+    batches = zip(logits.split(size), targets.split(size), strict=True)
+    return torch.stack([bench.task.loss(*batch) for batch in batches]).mean()
 
 
 # ---------------------------------------------------------------------------------------------- results

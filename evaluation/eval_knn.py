@@ -68,7 +68,7 @@ class KnnConfig:
     def __post_init__(self) -> None:
         if not self.nb_knn or min(self.nb_knn) < 1:
             raise ValueError(f"--nb_knn needs one number or more, each at least 1, found {list(self.nb_knn)}")
-        for name in ("batch_size_per_gpu", "temperature", "memory_gb"):
+        for name in ("input_size", "batch_size_per_gpu", "temperature", "memory_gb"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be positive, found {getattr(self, name)}")
 
@@ -89,31 +89,9 @@ def evaluate(config: KnnConfig, runtime: Runtime) -> dict[str, Any]:
     if runtime.is_main and len(train.classes) <= 5:
         print(f"{len(train.classes)} classes: top-5 counts every class that has a vote")
 
-    # ---- encoder
-    torch.manual_seed(0)  # all ranks alike, of an encoder without weights
-    encoder = load_encoder(config.model, config.pretrained_ckp)
-    if config.pool != "patch" and encoder.n_cls_tokens == 0:
-        raise ValueError(f"{config.model} has no class tokens: use --pool patch")
-    crop = config.input_size // encoder.patch_size * encoder.patch_size
-    if crop == 0:
-        raise ValueError(
-            f"--input_size {config.input_size} is below the patch size, {encoder.patch_size} pixels"
-        )
-    sha256 = runtime.gather(fingerprint(encoder) if runtime.is_main else None)[0]
-    output = Path(config.output_dir or f"runs/knn_{Path(config.model).name}_{sha256[:8]}")
-
     # ---- features
-    extractor = Extractor(
-        encoder.to(runtime.device),
-        f"{config.model} {sha256}",
-        runtime,
-        tuple(range(depth_of(encoder))) if config.per_block else (depth_of(encoder) - 1,),
-        config.pool,
-        config.input_size,
-        crop,
-        config.batch_size_per_gpu,
-        config.num_workers,
-    )
+    extractor, sha256 = make_extractor(config, runtime)
+    output = Path(config.output_dir or f"runs/knn_{Path(config.model).name}_{sha256[:8]}")
     bank, queries = (extractor.run(split, output / "features") for split in (train, val))
     extracted = time.monotonic()
 
@@ -136,21 +114,45 @@ def evaluate(config: KnnConfig, runtime: Runtime) -> dict[str, Any]:
         "k": rows[-1]["k"],
         "blocks": rows,
         "counts": {"train": len(train), "val": len(val), "classes": len(train.classes)},
-        "input": {"resize": config.input_size, "crop": crop},
+        "input": {"resize": config.input_size, "crop": extractor.crop},
         "seconds": {"features": extracted - began, "search": time.monotonic() - extracted},
         "ranks": runtime.world_size,
         "device": runtime.device.type,
         "config": asdict(config),
     }
     if runtime.is_main:
-        text = json.dumps(results, indent=2, allow_nan=False) + "\n"
-        write_atomic(output / "results.json", lambda file: file.write(text.encode()))
-        if config.per_block:
-            write_atomic(output / "blocks.png", lambda file: draw_blocks(file, rows, results["reported_k"]))
-        for row in rows:
-            figures = ", ".join(f"k={k} {v['top1']:.2f}/{v['top5']:.2f}" for k, v in row["k"].items())
-            print(f"{output}: block {row['block']}: top-1/top-5 {figures}", flush=True)
+        publish(results, output)
     return results
+
+
+def make_extractor(config: KnnConfig, runtime: Runtime) -> tuple[Extractor, str]:
+    """Collective: the encoder, ready to extract features, and the SHA-256 of its weights.
+
+    Raises:
+        ValueError, OSError, ImportError: a mistake in settings or files; the message names it.
+    """
+    torch.manual_seed(0)  # all ranks alike, of an encoder without weights
+    encoder = load_encoder(config.model, config.pretrained_ckp)
+    if config.pool != "patch" and encoder.n_cls_tokens == 0:
+        raise ValueError(f"{config.model} has no class tokens: use --pool patch")
+    crop = config.input_size // encoder.patch_size * encoder.patch_size
+    if crop == 0:
+        raise ValueError(
+            f"--input_size {config.input_size} is below the patch size, {encoder.patch_size} pixels"
+        )
+    sha256 = runtime.gather(fingerprint(encoder) if runtime.is_main else None)[0]
+    extractor = Extractor(
+        encoder.to(runtime.device),
+        f"{config.model} {sha256}",
+        runtime,
+        tuple(range(depth_of(encoder))) if config.per_block else (depth_of(encoder) - 1,),
+        config.pool,
+        config.input_size,
+        crop,
+        config.batch_size_per_gpu,
+        config.num_workers,
+    )
+    return extractor, sha256
 
 
 def classify(
@@ -180,6 +182,18 @@ def classify(
         for part in zip(*(each.split(QUERIES) for each in (similarities, labels, targets)), strict=True):
             counts += count_correct(*part, ks, config.temperature, len(bank.split.classes))
     return counts
+
+
+def publish(results: dict[str, Any], output: Path) -> None:
+    """Write `results.json`, the plot of the blocks if asked for, and a line for each block; rank 0 alone."""
+    text = json.dumps(results, indent=2, allow_nan=False) + "\n"
+    write_atomic(output / "results.json", lambda file: file.write(text.encode()))
+    rows = results["blocks"]
+    if results["config"]["per_block"]:
+        write_atomic(output / "blocks.png", lambda file: draw_blocks(file, rows, results["reported_k"]))
+    for row in rows:
+        figures = ", ".join(f"k={k} {v['top1']:.2f}/{v['top5']:.2f}" for k, v in row["k"].items())
+        print(f"{output}: block {row['block']}: top-1/top-5 {figures}", flush=True)
 
 
 def draw_blocks(file: BinaryIO, rows: list[dict[str, Any]], reported_k: int) -> None:

@@ -55,17 +55,13 @@ def depth_task(config: DepthConfig) -> Task:
     def metres(logits: Tensor) -> Tensor:
         return logits.sigmoid() * config.max_depth
 
-    def open_depth(split: str, crop_size: int | None):
-        file = config.train_split_file if split == "train" else config.val_split_file
-        return open_split(config.dataset, config.data_root, split, file, crop_size, config.depth_scale)
-
     return Task(
         name="monodepth",
         outputs=1,
         identity={"max_depth": config.max_depth},
         warmup=0.1,
         metrics={metric: metric in HIGHER_IS_BETTER for metric in METRICS},
-        open_split=open_depth,
+        open_split=partial(open_split, config.dataset, config.data_root, units_per_metre=config.depth_scale),
         loss=lambda logits, target: silog_loss(metres(logits).squeeze(1), target, **limits),
         average=metres,
         decide=lambda averages: averages[0],

@@ -56,26 +56,19 @@ class SegmentationConfig(DenseConfig):
 
 def segmentation_task(config: SegmentationConfig) -> Task:
     """Segmentation as a task: one output per class."""
-
-    def open_masks(split: str, crop_size: int | None):
-        file = config.train_split_file if split == "train" else config.val_split_file
-        return open_split(
-            config.dataset,
-            config.data_root,
-            split,
-            file,
-            crop_size,
-            config.nclass,
-            config.reduce_zero_label,
-        )
-
     return Task(
         name="semseg",
         outputs=config.nclass,
         identity={},
         warmup=0.0,
         metrics={"miou": True},
-        open_split=open_masks,
+        open_split=partial(
+            open_split,
+            config.dataset,
+            config.data_root,
+            nclass=config.nclass,
+            reduce_zero_label=config.reduce_zero_label,
+        ),
         loss=segmentation_loss,
         average=lambda logits: logits.softmax(1),
         decide=lambda averages: averages.argmax(0),

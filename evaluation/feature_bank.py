@@ -215,6 +215,8 @@ class Extractor:
         return place
 
     def _fill(self, features: Features, parts: list[int]) -> None:
+        if not parts:  # no worker needs to be started
+            return
         split, size = features.split, self.batch_size
         images = {part: features.images(part) for part in parts}
         batches = {
@@ -234,7 +236,7 @@ class Extractor:
             total=sum(map(len, images.values())),
             unit="image",
             mininterval=0.1 if sys.stderr.isatty() else 30,
-            disable=not (self.runtime.is_main and parts),
+            disable=not self.runtime.is_main,
         )
         for part in parts:
             vectors = []

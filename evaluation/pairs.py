@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pixio.data import DamagedDataError, decode
+from pixio.data.shards import IMAGE_SUFFIXES
 from pixio.data.transforms import MAX_PIXELS
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class Pair(NamedTuple):
@@ -77,11 +76,9 @@ def list_folder(root: Path, split: str, targets: str, suffixes: tuple[str, ...])
         targets: name of the folder with depth or masks.
         suffixes: of target files; the first that exists is taken.
     """
-    by_stem = {
-        path[: path.rindex(".")].removeprefix(f"{split}/{targets}/"): path
-        for suffix in reversed(suffixes)
-        for path in find(root, f"{split}/{targets}/**/*{suffix}")
-    }
+    found = find(root, f"{split}/{targets}/**/*", suffixes)
+    found.sort(key=lambda path: suffixes.index(Path(path).suffix.lower()), reverse=True)  # the first one wins
+    by_stem = {path[: path.rindex(".")].removeprefix(f"{split}/{targets}/"): path for path in found}
     pairs, missing = [], []
     for image in find(root, f"{split}/images/**/*", IMAGE_SUFFIXES):
         stem = image[: image.rindex(".")].removeprefix(f"{split}/images/")
@@ -151,6 +148,8 @@ def list_pairs(
     if missing:
         named = ", ".join(missing[:3])
         lacking = f"; missing {named}" + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+    if not pairs and split_file:
+        raise FileNotFoundError(f"{split_file} names no {split} pairs")
     if not pairs:
         raise FileNotFoundError(f"{folder} holds no {split} pairs{lacking}; see the README for its layout")
     if expected is None or split_file or len(pairs) == expected:

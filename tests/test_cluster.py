@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from local_slurm import LocalSlurm, available
+from PIL import Image
 
 import pixio
 from pixio.data.scene_trees import write_tree
@@ -22,6 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL = "pixio_vitpico16_enc128x6h4_dec128x2h4"
 TINY = f"--model {MODEL} --input_size 32 --mask_grid 1 --batch_size 2 --dtype fp32 --lr 1e-3 --device cpu"
 TINY += " --num_workers 1 --warmup_epochs 1 --log_freq 1 --save_freq 0"
+KNN = "--input_size 32 --device cpu --num_workers 0 --nb_knn 5"
+DENSE = "--epochs 1 --batch_size 1 --batches_per_step 2 --crop_size 64 --panels 0 --device cpu --dtype fp32"
+DENSE += " --num_workers 0"
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
@@ -107,9 +112,9 @@ def test_without_slurm_the_launcher_says_what_else_there_is(tmp_path):
 # -------------------------------------------------------------------------------------------------- signals
 
 SIGNALLED = """
-import os, signal, sys
+import os, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])  # before an import starts threads
 from pixio.engine.signals import heed_signals, received
-signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
 os.kill(os.getpid(), signal.SIGUSR2)      # while the program starts
 with heed_signals():
     assert received(signal.SIGUSR2) and not received(signal.SIGTERM)
@@ -227,26 +232,33 @@ class Jobs:
         assert result.returncode == 0, result.stderr
         self.numbers[name] = re.match(r"job (\d+): log in", result.stdout)[1]
 
-    def evaluate(self, name: str, data: Path) -> None:
-        """k-NN by plain sbatch, on two GPUs of the eight that the script's header asks for."""
-        tasks = [
-            "--ntasks-per-node=2",
-            "--gres=gpu:2",
-            "--cpus-per-task=1",
-            "--output",
-            self.folder / f"{name}.out",
-        ]
-        command = ["sbatch", "--parsable", *tasks, "launch_knn.sh", "pixio_vitpico16", "none"]
-        command += ["--data_path", data, "--output_dir", self.folder / name]
-        command += shlex.split("--input_size 32 --device cpu --num_workers 0 --nb_knn 5")
-        self.numbers[name] = subprocess.run(
-            [*map(str, command)],
-            env=self.env,
-            cwd=ROOT / "evaluation",
-            check=True,
+    def evaluate(self, name: str, command: str) -> None:
+        """A launch script by plain sbatch, on two GPUs of the eight that its header asks for."""
+        options = (
+            f"--parsable --ntasks-per-node=2 --gres=gpu:2 --cpus-per-task=1 --output {self.folder}/{name}.out"
+        )
+        command = f"sbatch {options} {command} --output_dir {self.folder / name}"
+        (self.numbers[name],) = self._numbers_from(command, ROOT / "evaluation")
+
+    def evaluate_all(self, place: Path) -> None:
+        """All evaluations, by the script for that, in a copy of evaluation/ with its data."""
+        # so many cores that two jobs run at a time
+        options = "--parsable --ntasks-per-node=1 --gres=gpu:1 --cpus-per-task=128"
+        flags = {"SBATCH_FLAGS": options, "DENSE_FLAGS": DENSE, "KNN_FLAGS": KNN}
+        numbers = self._numbers_from("bash run_all.sh pixio_vitpico16 none", place, **flags)
+        self.numbers |= zip(EVALUATIONS, numbers, strict=True)
+
+    def _numbers_from(self, command: str, cwd: Path, **env: str) -> list[str]:
+        result = subprocess.run(
+            shlex.split(command),
+            env={**self.env, **env},
+            cwd=cwd,
+            check=False,
             capture_output=True,
             text=True,
-        ).stdout.strip()
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout.split()
 
     def wait_for_step(self, name: str, step: int) -> None:
         self.cluster.wait(lambda: len(log_of(self.folder / name)) >= step, f"step {step} of {name}", 100)
@@ -283,11 +295,35 @@ class Jobs:
         return found
 
 
+EVALUATIONS = [
+    *(f"monodepth/{data}_{head}" for data in ("kitti", "nyuv2") for head in ("dpt", "linear")),
+    *(f"semseg/{data}_{head}" for data in ("ade20k", "loveda", "pascal") for head in ("dpt", "linear")),
+    "knn",
+]
+
+
+def copy_evaluation(place: Path, imagenet: Path) -> None:
+    """A copy of evaluation/ and, in its data/, a few images of every data set."""
+    leave = shutil.ignore_patterns("runs", "slurm", "data", "__pycache__")
+    shutil.copytree(ROOT / "evaluation", place, ignore=leave)
+    for layout in ("nyuv2", "kitti", "ade20k", "pascal", "loveda"):
+        root = place / "data" / {"nyuv2": "nyud"}.get(layout, layout)
+        write_tree(layout, root, train=2, val=1 if layout == "nyuv2" else 2, size=32)  # NYUv2's are large
+    for file in (place / "data/kitti").rglob("*.png"):  # of full size they would take their time
+        Image.open(file).resize((96, 32), Image.Resampling.NEAREST).save(file)
+    (place / "data/imagenet").symlink_to(imagenet)
+    command = [sys.executable, place / "semseg/util/process_loveda.py", place / "data/loveda"]
+    subprocess.run(command, check=True, env=ENV, stdout=subprocess.DEVNULL)
+
+
 def run_jobs(folder: Path) -> dict[str, dict]:
     """Everything that is tried on the cluster, side by side."""
     write_tree("imagenet-tars", folder / "tars", 24, 0, size=32, per_tar=8)
     write_tree("web-tars", folder / "web", 24, 0, size=32, per_tar=8)
     write_tree("imagenet-folders", folder / "folders", 24, 8, size=32)
+    copy_evaluation(folder / "evaluation", folder / "folders")
+    shutil.copytree(folder / "evaluation/data/ade20k", folder / "damaged")
+    (folder / "damaged/images/validation/ADE_val_00000002.jpg").write_bytes(b"no image")  # rank 1 reads it
     torch.save(pixio.pixio_vitpico16(img_size=32).state_dict(), folder / "teacher.pth")
     data = {"IMAGENET_TARS": str(folder / "tars"), "WEB_TARS": f"{folder}/web/tars"}
     data["WEB_STATS"] = f"{folder}/web/stats"
@@ -310,8 +346,8 @@ def run_jobs(folder: Path) -> dict[str, dict]:
         jobs.submit("whole", *spread, PACE="0")
         jobs.submit("hopeless", *spread, "--data_path", folder / "nothing")
         short = ["--epochs", "1", "--iters_per_epoch", "2", "--timeout", "10"]
-        jobs.evaluate("evaluated", folder / "folders")
-        jobs.evaluate("misled", folder / "nothing")
+        jobs.evaluate("evaluated", f"launch_knn.sh pixio_vitpico16 none --data_path {folder}/folders {KNN}")
+        jobs.evaluate("misled", f"launch_knn.sh pixio_vitpico16 none --data_path {folder}/nothing {KNN}")
         cluster.wait(lambda: cluster.state(jobs.numbers["evaluated"]) == "RUNNING", "the evaluation", 60)
         cluster.wait((folder / "evaluated.out").exists, "the output of the evaluation", 60)
         cluster.call("scancel", "--batch", "--signal=USR2", jobs.numbers["evaluated"])
@@ -333,7 +369,17 @@ def run_jobs(folder: Path) -> dict[str, dict]:
         shared = [word for word in tiny if word not in ("--model", MODEL)]
         flags = [*shared, *short, *teacher, "--nodes", "2", "--ngpus", "2"]
         jobs.submit("distilled", *flags, command=recipe, TEACHER=str(folder / "teacher.pth"), **data)
-        return jobs.finish()
+        kitti, ade20k = folder / "evaluation/data/kitti", folder / "damaged"
+        command = "launch_monodepth.sh monodepth/configs/kitti_linear.yaml pixio_vitpico16 none"
+        jobs.evaluate("depth", f"{command} --data_root {kitti} {DENSE} --panels 1")
+        command = "launch_semseg.sh semseg/configs/ade20k_linear.yaml pixio_vitpico16 none"
+        jobs.evaluate("stranded", f"{command} --data_root {ade20k} {DENSE}")
+        jobs.evaluate_all(folder / "evaluation")
+        found = jobs.finish()
+    for large in (folder / "evaluation/runs").glob("*_dpt_*"):  # half a GB each
+        shutil.rmtree(large / "checkpoints")
+        (large / "head.pth").unlink()
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -402,7 +448,29 @@ def test_a_warned_evaluation_is_queued_again_and_runs_to_the_end(jobs):
     assert found["evaluated"]["restarts"] == 1, text
 
 
-def test_a_failing_task_fails_the_job(jobs):
+def test_two_ranks_of_a_dense_evaluation_run_to_the_end(jobs):
     folder, found = jobs
-    assert found["misled"]["state"] == "FAILED"
-    assert "nothing" in (folder / "misled.out").read_text()
+    assert found["depth"]["state"] == "COMPLETED", (folder / "depth.out").read_text()
+    assert json.loads((folder / "depth/results.json").read_text())["ranks"] == 2
+    assert (folder / "depth/panels.png").is_file()
+
+
+def test_all_evaluations_of_an_encoder_run_to_the_end_and_fill_the_table(jobs):
+    folder, found = jobs
+    place = folder / "evaluation"
+    for name in EVALUATIONS:
+        output = place / "slurm" / f"{found[name]['number']}.out"
+        assert found[name]["state"] == "COMPLETED", f"{name}: {output.exists() and output.read_text()}"
+    command = [sys.executable, "collect_results.py"]
+    table = subprocess.run(command, cwd=place, check=True, capture_output=True, text=True).stdout
+    rows = [line.split(" | ") for line in table.splitlines() if "pixio_vitpico16" in line]
+    assert [len(row) for row in rows] == [1 + len(EVALUATIONS)] * 2
+    assert not any("-" in cell for row in rows for cell in row[1:])
+
+
+@pytest.mark.parametrize(("name", "reason"), [("misled", "nothing"), ("stranded", "ADE_val_00000002.jpg")])
+def test_a_failing_task_fails_the_job(jobs, name, reason):
+    """Of the second job one task fails, while the other waits for it."""
+    folder, found = jobs
+    assert found[name]["state"] == "FAILED"
+    assert reason in (folder / f"{name}.out").read_text()

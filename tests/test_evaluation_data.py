@@ -1,6 +1,7 @@
 """Data of dense evaluation: the published lists, reading, cropping, the order of images, LoveDA's masks."""
 
 import hashlib
+import io
 import itertools
 import os
 import shutil
@@ -181,9 +182,15 @@ def test_a_folder_of_ones_own_is_paired_by_name_in_subfolders_too(tmp_path):
     touch(
         tmp_path, ["train/depth/a.png", "train/depth/in/b.npy", "train/images/.e.jpg", "train/depth/.e.png"]
     )
+    touch(
+        tmp_path, [f"train/{name}" for name in ("images/f.jpg", "depth/f.PNG", "images/g.jpg", "depth/g.npy")]
+    )
+    touch(tmp_path, ["train/depth/g.png"])
     listing = depth_data.RULES["folder"](tmp_path, "train")
     assert listing.pairs == [
         ("train/images/a.jpg", "train/depth/a.png"),
+        ("train/images/f.jpg", "train/depth/f.PNG"),
+        ("train/images/g.jpg", "train/depth/g.png"),
         ("train/images/in/b.PNG", "train/depth/in/b.npy"),
     ]
     assert listing.missing == ["train/depth/c.png"]
@@ -214,6 +221,9 @@ def test_a_missing_folder_and_an_empty_one_are_errors(tmp_path):
         FileNotFoundError, match=r"holds no val pairs; missing images/validation/ADE_val_00000001"
     ):
         list_pairs(str(tmp_path), "val", None, list_ade20k, 2_000)
+    (tmp_path / "split.txt").write_text("\n")
+    with pytest.raises(FileNotFoundError, match=r"split\.txt names no val pairs"):
+        list_pairs(str(tmp_path), "val", str(tmp_path / "split.txt"), list_ade20k, 2_000)
 
 
 # --- split files --------------------------------------------------------------------------------------------
@@ -278,6 +288,14 @@ def test_masks_that_count_from_one_can_be_read():
     assert drop_zero(mask).tolist() == [[255, 0], [149, 255]]
 
 
+def claiming(rows: int) -> bytes:
+    """The beginning of an .npy file that says it holds so many rows of floats."""
+    file = io.BytesIO()
+    header = {"descr": "<f4", "fortran_order": False, "shape": (rows, 1024)}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue() + bytes(64)
+
+
 GREY8, GREY16 = np.zeros((4, 5), np.uint8), np.zeros((4, 5), np.uint16)
 
 
@@ -288,6 +306,9 @@ GREY8, GREY16 = np.zeros((4, 5), np.uint8), np.zeros((4, 5), np.uint16)
         ("d.png", b"no image", r"d\.png is not usable"),
         ("d.png", GREY16[:3], r"d\.png has 3 x 5 pixels, but its image .*i\.png 4 x 5"),
         ("d.npy", b"no array", r"d\.npy is not a readable \.npy file"),
+        ("d.npy", b"PK\3\4 a damaged .npz", r"d\.npy is not a readable \.npy file"),
+        ("d.npy", b"PK\5\6" + bytes(18), r"d\.npy is not a readable \.npy file"),
+        ("d.npy", claiming(1 << 50), r"d\.npy is not a readable \.npy file"),
         ("d.npy", np.zeros((4, 5, 1)), r"d\.npy holds float64 \[4, 5, 1\]"),
         ("d.npy", np.zeros((4, 5), int), r"d\.npy holds int64"),
     ],

@@ -234,7 +234,7 @@ def test_batches_that_the_ranks_cannot_share_are_refused(trees, tmp_path):
     bench = dense.set_up(config, task, dense.Runtime(torch.device("cpu")))
     three = dense.Runtime(torch.device("cpu"), world_size=3)
     with pytest.raises(ValueError, match="8 batches per step cannot be shared by 3 ranks"):
-        dense.train_head(dataclasses.replace(bench, runtime=three), task.open_split("train", 32))
+        dense.train_head(dataclasses.replace(bench, runtime=three), task.open_split("train", None, 32))
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------
@@ -311,6 +311,7 @@ def test_counts_are_a_warning_or_an_error(trees, tmp_path, capsys):
         ("--head convolution", "neither linear nor dpt"),
         ("--head linear --eval_only", "--eval_only needs the file of a trained head"),
         ("--epochs 0", "--epochs must be at least 1"),
+        ("--seed -1", "--seed must be at least 0, found -1"),
         ("--nclass 3", "--nclass is 3, but ade20k has 150 class names"),
         ("--crop_size 8", "--crop_size 8 is below the patch size, 16 pixels"),
         ("--head nowhere.pth --eval_only", "no weight file at nowhere.pth"),
@@ -383,13 +384,17 @@ def test_patch_14_encoders_see_crops_of_a_multiple_of_14(trees, tmp_path, monkey
 
 @pytest.fixture
 def programs(tmp_path) -> dict[str, str]:
-    """Environment whose python, torchrun, srun and sbatch only say where and how they were called."""
+    """Environment whose python, torchrun, srun and sbatch only say where and how they were called.
+
+    They fail where a file named in a variable REFUSED is among their arguments.
+    """
     folder = tmp_path / "bin"
     folder.mkdir()
-    for name in ("python", "torchrun", "srun"):
-        (folder / name).write_text(f'#!/usr/bin/env bash\necho "{name} $PWD $*"\n')
+    script = '#!/usr/bin/env bash\necho "{name} $PWD $*"\n[[ -z "${{REFUSED:-}}" || "$*" != *"$REFUSED"* ]]\n'
+    for name in ("python", "torchrun", "srun", "sbatch"):
+        (folder / name).write_text(script.format(name=name))
         (folder / name).chmod(0o755)
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "GPUS"))}
     return clean | {"PATH": f"{folder}:{os.environ['PATH']}"}
 
 
@@ -431,6 +436,38 @@ def test_launch_scripts_work_as_slurms_copy(programs, tmp_path, submitted_from):
     assert found == f"srun {EVALUATION} --kill-on-bad-exit=1 python {call}"
 
 
+ALL = ("monodepth", "kitti", "nyuv2"), ("semseg", "ade20k", "loveda", "pascal")
+CONFIGS = [
+    (task, f"{task}/configs/{name}_{head}.yaml")
+    for task, *names in ALL
+    for name in names
+    for head in ("dpt", "linear")
+]
+
+
+def test_all_evaluations_are_submitted_with_their_flags(programs, tmp_path):
+    (tmp_path / "w.pth").touch()
+    flags = {"DENSE_FLAGS": "--epochs 1", "KNN_FLAGS": "--per_block", "SBATCH_FLAGS": "--account mine"}
+    found = shell(f"bash {EVALUATION}/run_all.sh pixio_vitb16 w.pth", tmp_path, programs | flags)
+    start = f"sbatch {EVALUATION} --account mine"
+    model = f"pixio_vitb16 {tmp_path}/w.pth"
+    expected = [f"{start} launch_{task}.sh {config} {model} --epochs 1" for task, config in CONFIGS]
+    assert found.splitlines() == [*expected, f"{start} launch_knn.sh {model} --per_block"]
+
+
+@pytest.mark.parametrize("gpus", [{}, {"GPUS": "2"}])
+def test_all_others_run_where_one_evaluation_fails_and_the_script_fails_too(programs, tmp_path, gpus):
+    failed = "semseg/configs/loveda_dpt.yaml"
+    command = ["bash", f"{EVALUATION}/run_all.sh", "pixio_vitb16", "none"]
+    environment = programs | {"REFUSED": failed} | gpus
+    result = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr == f"failed: {failed}\n"
+    lines = result.stdout.splitlines()
+    assert len(lines) == 11
+    assert all(line.startswith("torchrun" if gpus else "sbatch") for line in lines)
+
+
 # --- the table ----------------------------------------------------------------------------------------------
 
 
@@ -447,6 +484,19 @@ def test_the_table_shows_runs_beside_published_numbers(segmented, capsys):
     assert found["Pixio-H/16, published"] == "50.2"
     assert found["DINOv3-H+/16, published"] == "50.3"
     assert rows[-6][rows[0].index("KITTI DPT")] == "2.210/96.7"
+
+
+def test_a_head_evaluated_again_hides_no_best_figure_and_counts_as_finished(segmented, tmp_path):
+    results = json.loads(json.dumps(segmented[0]))
+    results["best"]["miou"]["value"] = 98.7
+    again = segmented[0] | {"config": segmented[0]["config"] | {"eval_only": True, "epochs": 60}}
+    for number, content in enumerate((results, again)):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "results.json").write_text(json.dumps(content))
+        os.utime(tmp_path / str(number) / "results.json", (number, number))
+    found = {kind: cells for (_, kind), cells in collect_results.collect([tmp_path]).items()}
+    assert found["best"] == {("ade20k", "linear"): "98.7"}
+    assert found["last"] == {("ade20k", "linear"): f"{results['last']['miou']:.1f}"}
 
 
 def test_the_table_marks_runs_that_are_not_finished_and_refuses_foreign_files(segmented, tmp_path):

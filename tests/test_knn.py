@@ -356,6 +356,18 @@ def test_features_that_are_not_finite_are_named(data, tmp_path, capsys):
     assert "ash/000.png are not finite" in message
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--input_size -32", "--input_size must be positive, found -32"),
+        ("--input_size 8", "--input_size 8 is below the patch size, 16 pixels"),
+        ("--nb_knn 0 5", "--nb_knn needs one number or more, each at least 1, found [0, 5]"),
+    ],
+)
+def test_mistakes_end_with_one_line_that_says_what_to_do(data, tmp_path, capsys, flags, message):
+    assert message in fails(data, tmp_path / "out", capsys, *flags.split())
+
+
 def test_a_missing_split_is_named(data, tmp_path, capsys):
     assert "no folder" in fails(data / "train", tmp_path / "out", capsys)
 

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.format import open_memmap
 from pairs import (
     Arrays,
     Listing,
@@ -81,8 +82,10 @@ def read_depth(path: Path, units_per_metre: float) -> np.ndarray:
         values = read_png(path, ("I;16", "I"), "16-bit grey, as depth in fractions of a metre needs")
         return (values / units_per_metre).astype(np.float32)
     try:
-        values = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        values = open_memmap(path, mode="r")  # not `load`, which also opens archives and believes any size
+    except OSError:
+        raise
+    except Exception as error:  # a header is a piece of Python, and fails in as many ways
         raise ValueError(f"{path} is not a readable .npy file: {error}") from error
     if values.ndim != 2 or values.dtype.kind != "f":
         raise ValueError(
