@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from pixio import registry, weights
+from pixio.data import IMAGENET_MEAN, IMAGENET_STD
 from pixio.encoder import PixioViT
 
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
 _TIMM_MODULES = ("vision_transformer", "eva", "deit")  # plain vision transformers that take any input size
 
 
@@ -103,8 +104,8 @@ class _Adaptor(nn.Module):
     in_chans = 3
     # What the native encoder says about sizes, block ids and output holds here word for word.
     grid_of = PixioViT.grid_of
-    _resolve = PixioViT._resolve
-    _features = PixioViT._features
+    resolve_blocks = PixioViT.resolve_blocks
+    split_tokens = PixioViT.split_tokens
 
     def __init__(
         self,
@@ -130,12 +131,12 @@ class _Adaptor(nn.Module):
 
     def forward(self, images: Tensor, block_ids: Sequence[int] | None = None) -> list[dict[str, Tensor]]:
         """Features after the blocks asked for, as `PixioViT.forward` gives them: tokens [B, N or C, D]."""
-        wanted = self._resolve(block_ids)
+        wanted = self.resolve_blocks(block_ids)
         if images.ndim != 4 or images.shape[1] != self.in_chans:
             raise ValueError(f"images of shape {list(images.shape)}: expected [B, {self.in_chans}, H, W]")
         self.grid_of(*images.shape[-2:])
         outputs = self._run(images * self.scale + self.shift, set(wanted)) if wanted else {}
-        return [self._features(outputs[i]) for i in wanted]
+        return [self.split_tokens(outputs[i]) for i in wanted]
 
     def _run(self, images: Tensor, wanted: set[int]) -> dict[int, Tensor]:
         """Tokens [B, C + N, D] as they leave each wanted block; `images` as the model was trained with."""
