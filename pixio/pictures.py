@@ -135,7 +135,8 @@ def save_sweep(
     steps = torch.linspace(0, cells - 1, min(cells, FRAMES)).round().int().tolist()
     frames = []
     for masked in steps:
-        panels = reconstruct(mae, images, masked / cells, noise)
+        # half a cell less is rounded up to the number wanted; the quotient itself may round beyond it
+        panels = reconstruct(mae, images, max(masked - 0.5, 0) / cells, noise)
         drawn = io.BytesIO()
         title = f"{masked} of {cells} cells masked ({100 * masked / cells:.0f} %)"
         save_sheet({name: panel.cpu() for name, panel in panels.items()}, drawn, names, title=title, dpi=100)
@@ -394,7 +395,7 @@ def _read_log(log: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         # a run that was killed may have left its last line unfinished
         rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
         columns = [np.array([row[key] for row in rows], dtype=float) for key in ("step", "loss", "lr")]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"{file} is no log of a run: expected step, loss and lr in each line ({error})"
         ) from None
