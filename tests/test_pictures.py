@@ -165,6 +165,20 @@ def test_a_sheet_holds_photographs_and_maps_of_any_shape_and_hostile_names(tmp_p
         assert np.asarray(image.convert("L")).std() > 10
 
 
+@given(st.text(max_size=60), st.floats(0, 3))
+def test_a_name_is_shortened_in_its_middle_to_the_row_beside_it(name, inches):
+    shown = pictures._shorten(name, inches)
+    room = max(inches / pictures._LETTER, 3)
+    assert len(shown) <= room
+    if len(name) <= int(room):
+        assert shown == name
+    else:
+        start, end = shown.split("…") if shown.count("…") == 1 else (shown[:1], shown[-1:])
+        assert end
+        assert name.startswith(start)
+        assert name.endswith(end)
+
+
 def test_pictures_of_features_are_drawn_for_photographs_of_several_sizes(mae, tmp_path):
     rng = np.random.default_rng(0)
     photos = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((50, 80), (900, 60))]
