@@ -244,6 +244,19 @@ def test_a_tar_gives_the_features_of_its_files_and_worker_processes_change_nothi
         torch.testing.assert_close(ours[name], theirs[name])
 
 
+def test_two_members_of_a_tar_with_one_name_are_refused_where_one_would_be_lost(folder, encoder, tmp_path):
+    with tarfile.open(tmp_path / "some.tar", "w") as archive:
+        for name in ("0.png", "1.png"):
+            archive.add(folder / name, "same.png")
+    shards, run = find_images([str(tmp_path / "some.tar")]), extractor(encoder)
+    with pytest.raises(ValueError, match=r"two images are called .*some\.tar/same\.png"):
+        write_file(tmp_path / "f.npz", run, shards)
+    with pytest.raises(ValueError, match=r"two images are called .*some\.tar/same\.png"):
+        write_folder(tmp_path / "safetensors", run, shards)
+    write_folder(tmp_path / "npy", run, shards, "npy")
+    assert len(np.load(tmp_path / "npy/part_000000.embedding.npy")) == 2
+
+
 def test_a_stopped_run_goes_on_with_the_parts_it_lacks(folder, encoder, tmp_path, monkeypatch):
     shards, run = find_images([str(folder)]), extractor(encoder)
     write_folder(tmp_path / "whole", run, shards, per_file=2)
