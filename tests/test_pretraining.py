@@ -268,6 +268,19 @@ def test_another_model_is_not_resumed_into_a_folder(trees, tmp_path):
         run(*trees["folder"], "--output_dir", tmp_path, "--n_cls_tokens", "4")
 
 
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({"model": MODEL, "input_size": 128}, r"other\.pt is of a run with input_size 128, not 64"),
+        ({"student_models": ["pixio_vitpico16"]}, r"other\.pt is of another kind of run, without model"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_not_resumed(saved, message, trees, tmp_path):
+    torch.save({"step": 1, "images": 4, "config": saved}, tmp_path / "other.pt")
+    with pytest.raises(SystemExit, match=f"{message}: choose another --output_dir or --resume"):
+        run(*trees["folder"], "--output_dir", tmp_path / "run", "--resume", tmp_path / "other.pt")
+
+
 SCRIPTS = sorted((ROOT / "pretraining" / "scripts").glob("*.sh"))
 LAUNCHER = {"job_dir", "job_name", "nodes", "ngpus", "timeout", "partition", "account", "qos", "comment"}
 

@@ -176,9 +176,11 @@ def check_same_run(config: TrainConfig, saved: dict[str, Any], keys: tuple[str, 
     Raises:
         ValueError: it does; the message names both values.
     """
+    resumed, remedy = f"{config.output_dir} holds", "--output_dir"
+    if config.resume:  # of the two, the run's own checkpoint would have been taken first
+        resumed, remedy = f"{config.output_dir} or {config.resume} is of", "--output_dir or --resume"
     for key in keys:
-        if saved[key] != (here := asdict(config)[key]):
-            raise ValueError(
-                f"{config.output_dir} holds a run with {key} {saved[key]}, not {here}: "
-                "choose another --output_dir"
-            )
+        if key not in saved:
+            raise ValueError(f"{resumed} another kind of run, without {key}: choose another {remedy}")
+        if saved[key] != (here := getattr(config, key)):
+            raise ValueError(f"{resumed} a run with {key} {saved[key]}, not {here}: choose another {remedy}")
