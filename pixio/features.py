@@ -10,6 +10,7 @@ Letters: B images of one batch, L blocks, C class tokens, h x w patches, D width
 import glob
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -53,11 +54,7 @@ def find_images(sources: Sequence[str], chunk: int = FOLDER_CHUNK) -> list[Shard
         found = [source] if Path(source).exists() else sorted(glob.glob(source, recursive=True))
         if not found:
             raise FileNotFoundError(f"no file or folder {source}")
-        inside = [
-            file
-            for path in map(Path, found)
-            for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
-        ]
+        inside = [file for path in map(Path, found) for file in _files(path)]
         images = [str(file) for file in inside if file.suffix.lower() in IMAGE_SUFFIXES]
         archives = [str(file) for file in inside if file.suffix == ".tar"]
         if not images and not archives:
@@ -67,6 +64,13 @@ def find_images(sources: Sequence[str], chunk: int = FOLDER_CHUNK) -> list[Shard
     paths = list(files)
     chunks = ["\0".join(paths[i : i + chunk]) for i in range(0, len(paths), chunk)]
     return [FolderShard("", "", files) for files in chunks] + [TarShard(tar, tar) for tar in tars]
+
+
+def _files(path: Path) -> list[Path]:
+    """A file itself, or those in and below a folder, sorted; folders may be called as images are."""
+    if not path.is_dir():
+        return [path]
+    return sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)
 
 
 @dataclass(frozen=True)

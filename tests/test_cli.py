@@ -124,12 +124,14 @@ except SystemExit:
         ("info pixio_vith14", "did you mean pixio_vith16"),
         ("info --all", "--all"),
         ("convert no.pth x.pth --to pth", "no weight file at no.pth"),
+        ("convert no.pth a.png --to timm", "a.png exists"),
         ("convert encoder.pth x.zip --to zip", "'zip' (choose from"),
         ("convert encoder.pth x.pth --to pth --num_heads two", "invalid int value: 'two'"),
         ("features a.png", "--pretrained"),
         ("features a.png --model pixio_vitx16", "is no encoder: choose from pixio_vit"),
         ("features no.png --model pixio_vitpico16", "no file or folder no.png"),
         ("features a.png --model pixio_vitpico16 --output f.txt", ".npz or .safetensors"),
+        ("features a.png --model pixio_vitpico16 --output no/f.npz", "no folder no"),
         ("features a.png --pretrained encoder.pth --num_heads 2 --arrays pixels", "'pixels' (choose from"),
         ("features a.png --pretrained encoder.pth", "pass num_heads"),
         ("features a.png --pretrained encoder.pth --num_heads 2 --size 20", "try 16"),
@@ -167,6 +169,12 @@ def test_a_missing_library_is_one_line(capsys, monkeypatch):
 def test_info_prints_the_published_sizes(capsys):
     main(["info", "pixio_vith16"])
     assert "631,013,120" in capsys.readouterr().out
+
+
+def test_a_reader_that_leaves_early_gets_no_complaint():
+    command = f"{sys.executable} -m pixio info | head -n 0"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stdout == done.stderr == ""
 
 
 def test_convert_prints_the_line_that_loads_the_result(capsys):

@@ -167,6 +167,14 @@ def test_folders_patterns_files_and_tars_are_found_once_each(folder, tmp_path):
     assert [shard.name for shard in shards[1:]] == [str(tar)]
 
 
+def test_folders_that_are_called_as_images_are_no_images(folder, tmp_path):
+    (tmp_path / "album.png").mkdir()
+    (tmp_path / "album.tar").mkdir()
+    (tmp_path / "album.png/a.png").write_bytes((folder / "0.png").read_bytes())
+    (shard,) = find_images([str(tmp_path)])
+    assert shard.files == str(tmp_path / "album.png/a.png")
+
+
 @pytest.mark.parametrize("source", ["nothing", "no*.png", "empty"])
 def test_sources_without_images_are_named(source, tmp_path):
     (tmp_path / "empty").mkdir()
