@@ -140,6 +140,7 @@ def test_a_map_can_be_had_at_another_size_of_the_original():
         (lambda: pixio.transform(64, "stretch"), "choose one of square, resize, pad"),
         (lambda: pixio.transform(64)(np.zeros((4, 4, 3))), "float64"),
         (lambda: pixio.transform(64)(np.zeros((4, 4, 4), np.uint8)), r"\[4, 4, 4\]"),
+        (lambda: pixio.transform(64)(np.zeros((0, 4, 3), np.uint8)), "image of 0 x 4 pixels"),
         (lambda: pixio.transform(64)(b"nothing"), "not a JPEG"),
         (lambda: Transform(64).placement(10, 20).patch_at(20, 3), "x is below 20, y below 10"),
     ],
