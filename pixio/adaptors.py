@@ -11,6 +11,7 @@ Letters: B images, H x W pixels, N patches, C class (and register) tokens, D wid
 import difflib
 import hashlib
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -290,12 +291,16 @@ def _read_statistics(path: Path) -> tuple[Sequence[float], Sequence[float]]:
     if not path.is_file():
         return _IMAGENET
     content = weights._read_json(path)
-    values = content.get("image_mean", _IMAGENET[0]), content.get("image_std", _IMAGENET[1])
-    for value in values:
+    if content.get("do_normalize") is False:
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    mean, std = content.get("image_mean", IMAGENET_MEAN), content.get("image_std", IMAGENET_STD)
+    for value in (mean, std):
         numbers = isinstance(value, list | tuple) and all(isinstance(v, float | int) for v in value)
-        if not numbers or len(value) != 3:
+        if not numbers or len(value) != 3 or not all(map(math.isfinite, value)):
             raise ValueError(f"{path}: image_mean and image_std must be three numbers, found {value!r}")
-    return values
+    if min(std) <= 0:
+        raise ValueError(f"{path}: image_std must be positive, found {std!r}")
+    return mean, std
 
 
 def _shorten(message: Any) -> str:
