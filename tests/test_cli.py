@@ -207,6 +207,13 @@ def test_features_of_a_model_by_name_need_no_weights_and_are_repeatable(capsys):
     assert Path("one.safetensors").read_bytes() == Path("two.safetensors").read_bytes()
 
 
+def test_a_model_by_name_takes_a_file_of_another_input_size(capsys):
+    torch.save(pixio.pixio_vitpico16(img_size=48, n_cls_tokens=4).state_dict(), "small.pth")
+    main(shlex.split("features a.png --model pixio_vitpico16 --pretrained small.pth --output small.npz"))
+    with np.load("small.npz") as found:
+        assert found["a.png/patch_tokens"].shape == (3, 3, 128)
+
+
 def test_features_go_on_in_a_folder_and_tell_what_was_there(capsys):
     command = "features *.png --pretrained pico.pth --size 16 --output stored --per_file 1 --arrays embedding"
     main(shlex.split(command))
