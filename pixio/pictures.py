@@ -310,8 +310,8 @@ def save_sheet(
                 shown = axis.imshow(pixels, vmin=low, vmax=high, interpolation="antialiased")
                 axis.set(xticks=[], yticks=[])
                 axis.spines[:].set_visible(False)
-        for axis, name, share in zip(axes[:, 0], names, heights, strict=False):
-            axis.set_ylabel(_shorten(name, panel * share), fontsize=8)
+        for row, name in enumerate(names):
+            axes[row, 0].set_ylabel(_shorten(name, panel * heights[row]), fontsize=8)
         for number, (x, y) in enumerate(marks, 1):
             axes[0, 0].plot(x, y, "o", markersize=9, mfc="white", mec="black", clip_on=False)
             axes[0, 0].annotate(
