@@ -1,9 +1,9 @@
 """The whole of Pixio in minutes on rendered scenes: pre-train, look at it, extract features, measure what was
 learnt.
 
-`make demo` runs it. Every stage is a command that is printed and that you can run yourself; what is done is
-not done again, so that a second `make demo` resumes or says that all is there. Everything lies in
-`runs/demo`.
+`make demo` runs it. Every stage but the last consists of commands that are printed and that you can run
+yourself; the last is the probes below. Scenes, training and evaluations that are done are not done again, so
+that a second `make demo` resumes. Everything lies in `runs/demo`.
 """
 
 import json
@@ -24,10 +24,8 @@ from pixio.mae import patchify
 
 OUT = Path("runs/demo")
 SIZE, PATCH = 128, 16
-PROBE_TRAIN, PROBE_TEST = (
-    range(1 << 33, (1 << 33) + 600),
-    range(1 << 34, (1 << 34) + 300),
-)  # scenes never trained on
+PROBE_TRAIN = range(1 << 33, (1 << 33) + 600)  # seeds of scenes never trained on
+PROBE_TEST = range(1 << 34, (1 << 34) + 300)
 PRETRAIN = f"""
     pretraining/main_pretrain.py --output_dir {OUT}/pretrain
     --model pixio_vitpico16_enc128x6h4_dec128x2h4 --input_size {SIZE}

@@ -25,17 +25,17 @@ from torch import Tensor
 
 import pixio
 from pixio.data import DataError, Loader, normalise, open_stream
-from pixio.engine.checkpoint import Checkpoints, Interval, read_checkpoint
+from pixio.engine.checkpoint import Checkpoints, Interval
 from pixio.engine.config import option, parse
 from pixio.engine.optim import set_lr
 from pixio.engine.recipe import (
     TrainConfig,
-    check_same_run,
     is_finished,
     run_program,
     save_report,
     save_when_due,
     start_log,
+    state_to_resume,
 )
 from pixio.engine.runtime import Runtime
 from pixio.engine.signals import Stopped
@@ -96,11 +96,10 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
 
     # ---- the newest checkpoint
     checkpoints = Checkpoints(output / "checkpoints", runtime, keep_newest=2, keep_every=config.keep_every)
-    state = checkpoints.load_latest() or (read_checkpoint(config.resume) if config.resume else None)
+    fixed = ("student_models", "teacher_model", "input_size", "n_cls_tokens", "feature_cache")
+    state = state_to_resume(config, checkpoints, fixed)
     start, images = config.start_step, 0
     if state:
-        fixed = ("student_models", "teacher_model", "input_size", "n_cls_tokens", "feature_cache")
-        check_same_run(config, state, fixed)
         start, images = state["step"], state["images"]
     if is_finished(config, runtime, start):
         return

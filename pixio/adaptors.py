@@ -11,6 +11,7 @@ Letters: B images, H x W pixels, N patches, C class (and register) tokens, D wid
 import difflib
 import hashlib
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from pixio import registry, weights
+from pixio.data import IMAGENET_MEAN, IMAGENET_STD
 from pixio.encoder import PixioViT
 
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
 _TIMM_MODULES = ("vision_transformer", "eva", "deit")  # plain vision transformers that take any input size
 
 
@@ -103,8 +105,8 @@ class _Adaptor(nn.Module):
     in_chans = 3
     # What the native encoder says about sizes, block ids and output holds here word for word.
     grid_of = PixioViT.grid_of
-    _resolve = PixioViT._resolve
-    _features = PixioViT._features
+    resolve_blocks = PixioViT.resolve_blocks
+    split_tokens = PixioViT.split_tokens
 
     def __init__(
         self,
@@ -130,12 +132,12 @@ class _Adaptor(nn.Module):
 
     def forward(self, images: Tensor, block_ids: Sequence[int] | None = None) -> list[dict[str, Tensor]]:
         """Features after the blocks asked for, as `PixioViT.forward` gives them: tokens [B, N or C, D]."""
-        wanted = self._resolve(block_ids)
+        wanted = self.resolve_blocks(block_ids)
         if images.ndim != 4 or images.shape[1] != self.in_chans:
             raise ValueError(f"images of shape {list(images.shape)}: expected [B, {self.in_chans}, H, W]")
         self.grid_of(*images.shape[-2:])
         outputs = self._run(images * self.scale + self.shift, set(wanted)) if wanted else {}
-        return [self._features(outputs[i]) for i in wanted]
+        return [self.split_tokens(outputs[i]) for i in wanted]
 
     def _run(self, images: Tensor, wanted: set[int]) -> dict[int, Tensor]:
         """Tokens [B, C + N, D] as they leave each wanted block; `images` as the model was trained with."""
@@ -289,12 +291,16 @@ def _read_statistics(path: Path) -> tuple[Sequence[float], Sequence[float]]:
     if not path.is_file():
         return _IMAGENET
     content = weights._read_json(path)
-    values = content.get("image_mean", _IMAGENET[0]), content.get("image_std", _IMAGENET[1])
-    for value in values:
+    if content.get("do_normalize") is False:
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    mean, std = content.get("image_mean", IMAGENET_MEAN), content.get("image_std", IMAGENET_STD)
+    for value in (mean, std):
         numbers = isinstance(value, list | tuple) and all(isinstance(v, float | int) for v in value)
-        if not numbers or len(value) != 3:
+        if not numbers or len(value) != 3 or not all(map(math.isfinite, value)):
             raise ValueError(f"{path}: image_mean and image_std must be three numbers, found {value!r}")
-    return values
+    if min(std) <= 0:
+        raise ValueError(f"{path}: image_std must be positive, found {std!r}")
+    return mean, std
 
 
 def _shorten(message: Any) -> str:

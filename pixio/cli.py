@@ -6,6 +6,7 @@ imported by the command that needs them. The commands that draw are in `pixio.cl
 
 import argparse
 import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = arguments.pop("run")
     try:
         run(**arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough; what is left goes nowhere, without a complaint
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        parser.exit(1)
     except (ValueError, OSError, ImportError) as error:
         parser.exit(2, f"pixio {run.__name__}: error: {' '.join(str(error).split())}\n")
     except KeyboardInterrupt:
@@ -184,6 +189,8 @@ def features(
     one_file = output.suffix in (".npz", ".safetensors")
     if output.suffix and not one_file:
         raise ValueError(f"--output {output}: end it in .npz or .safetensors, or name a folder without a dot")
+    if one_file and not output.parent.is_dir():
+        raise ValueError(f"--output {output}: no folder {output.parent} to write to")
     shards = find_images(images, per_file)
     runtime = start_runtime(device, dtype)
     try:

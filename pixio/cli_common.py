@@ -73,7 +73,9 @@ def load_encoder(model: str | None, pretrained: str | None, num_heads: int | Non
     if not pretrained:
         torch.manual_seed(0)
         print("random weights: give --pretrained for real features", file=sys.stderr)
-    return pixio.create_model(model, pretrained, **({"num_heads": num_heads} if num_heads else {})).eval()
+    from pixio import adaptors  # it reads the input size and the class tokens off the file
+
+    return adaptors.load_encoder(model, pretrained, **({"num_heads": num_heads} if num_heads else {}))
 
 
 def add_input(parser: argparse.ArgumentParser, fit: str) -> None:

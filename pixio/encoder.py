@@ -1,7 +1,7 @@
 """PixioViT, the encoder: a plain vision transformer with several class tokens.
 
-Letters: B images, H x W pixels, p patch size, N = H/p * W/p patches, C class tokens, V visible patches, D
-    width.
+Letters: B images, H x W pixels, p patch size, N = H/p * W/p patches, C class tokens, V visible patches,
+D width.
 """
 
 from collections.abc import Sequence
@@ -103,7 +103,7 @@ class PixioViT(nn.Module):
         Raises:
             ValueError: wrong image shape or an unknown block id.
         """
-        wanted = self._resolve(block_ids)
+        wanted = self.resolve_blocks(block_ids)
         x = self._embed(images, keep)  # [B, C + V, D]
         outputs = {}
         for i, block in enumerate(self.blocks[: max(wanted, default=-1) + 1]):
@@ -112,7 +112,7 @@ class PixioViT(nn.Module):
             else:
                 x = block(x)
             if i in wanted:
-                outputs[i] = self._features(x)
+                outputs[i] = self.split_tokens(x)
         return [outputs[i] for i in wanted]
 
     def forward_features(self, images: Tensor) -> dict[str, Tensor]:
@@ -158,7 +158,12 @@ class PixioViT(nn.Module):
             outputs.append((patches, features[f"cls_tokens{suffix}"]) if return_class_token else patches)
         return tuple(outputs)
 
-    def _resolve(self, block_ids: Sequence[int] | None) -> list[int]:
+    def resolve_blocks(self, block_ids: Sequence[int] | None) -> list[int]:
+        """Block ids counted from the start; None means all.
+
+        Raises:
+            ValueError: an id that no block has.
+        """
         depth = len(self.blocks)
         if block_ids is None:
             return list(range(depth))
@@ -167,6 +172,17 @@ class PixioViT(nn.Module):
                 f"block_ids {unknown}: the encoder has {depth} blocks, ids go from {-depth} to {depth - 1}"
             )
         return [i % depth for i in block_ids]
+
+    def split_tokens(self, x: Tensor) -> dict[str, Tensor]:
+        """The features of a block from the tokens [B, C + V, D] that leave it, as `forward` returns them."""
+        normed = self.norm(x)
+        c = self.n_cls_tokens
+        return {
+            "patch_tokens": x[:, c:],
+            "cls_tokens": x[:, :c],
+            "patch_tokens_norm": normed[:, c:],
+            "cls_tokens_norm": normed[:, :c],
+        }
 
     def _embed(self, images: Tensor, keep: Tensor | None) -> Tensor:
         if images.ndim != 4 or images.shape[1] != self.in_chans:
@@ -178,13 +194,3 @@ class PixioViT(nn.Module):
             patches = patches.gather(1, keep.unsqueeze(-1).expand(-1, -1, self.embed_dim))  # [B, V, D]
         cls = self.cls_token + positions[:, : self.n_cls_tokens]  # [1, C, D]
         return torch.cat([cls.expand(images.shape[0], -1, -1), patches], dim=1)  # [B, C + V, D]
-
-    def _features(self, x: Tensor) -> dict[str, Tensor]:
-        normed = self.norm(x)
-        c = self.n_cls_tokens
-        return {
-            "patch_tokens": x[:, c:],
-            "cls_tokens": x[:, :c],
-            "patch_tokens_norm": normed[:, c:],
-            "cls_tokens_norm": normed[:, :c],
-        }

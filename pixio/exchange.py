@@ -63,6 +63,7 @@ def convert(
     source, target = str(source), Path(target)
     if to in ("pth", "safetensors") and (to == "safetensors") != (target.suffix == ".safetensors"):
         raise ValueError(f"{target} as {to}: files are told by their ending, name it {target.stem}.{to}")
+    _check_new(target)
     state, sizes = read_model(source, num_heads)
     with torch.device("meta"):
         model = PixioViT(**sizes)
@@ -204,13 +205,18 @@ def _write_transformers(state: State, sizes: dict[str, Any], folder: Path) -> No
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
-@contextmanager
-def _aside(target: Path) -> Iterator[Path]:
-    """A path beside `target` to write to; what is made there takes its place only when it is complete."""
+def _check_new(target: Path) -> None:
+    """Raise what `convert` says about its target."""
     if target.exists():
         raise FileExistsError(f"{target} exists: remove it or choose another name")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"no folder {target.parent} to write {target.name} to")
+
+
+@contextmanager
+def _aside(target: Path) -> Iterator[Path]:
+    """A path beside `target` to write to; what is made there takes its place only when it is complete."""
+    _check_new(target)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         yield Path(folder) / target.name
         for made in sorted(Path(folder).iterdir(), reverse=True):  # what the target refers to comes first

@@ -10,6 +10,7 @@ Letters: B images of one batch, L blocks, C class tokens, h x w patches, D width
 import glob
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -53,11 +54,7 @@ def find_images(sources: Sequence[str], chunk: int = FOLDER_CHUNK) -> list[Shard
         found = [source] if Path(source).exists() else sorted(glob.glob(source, recursive=True))
         if not found:
             raise FileNotFoundError(f"no file or folder {source}")
-        inside = [
-            file
-            for path in map(Path, found)
-            for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
-        ]
+        inside = [file for path in map(Path, found) for file in _files(path)]
         images = [str(file) for file in inside if file.suffix.lower() in IMAGE_SUFFIXES]
         archives = [str(file) for file in inside if file.suffix == ".tar"]
         if not images and not archives:
@@ -67,6 +64,13 @@ def find_images(sources: Sequence[str], chunk: int = FOLDER_CHUNK) -> list[Shard
     paths = list(files)
     chunks = ["\0".join(paths[i : i + chunk]) for i in range(0, len(paths), chunk)]
     return [FolderShard("", "", files) for files in chunks] + [TarShard(tar, tar) for tar in tars]
+
+
+def _files(path: Path) -> list[Path]:
+    """A file itself, or those in and below a folder, sorted; folders may be called as images are."""
+    if not path.is_dir():
+        return [path]
+    return sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)
 
 
 @dataclass(frozen=True)
@@ -279,15 +283,15 @@ def write_file(path: Path, extractor: Extractor, shards: Sequence[Shard]) -> Sum
         shards: the images.
 
     Raises:
-        ValueError: an image that cannot be read; two of one name; see also `Extractor.run`.
+        ValueError: an image that cannot be read; two of one name (in a tar); see also `Extractor.run`.
     """
     parts, features = cut(shards, FOLDER_CHUNK), {}
     with _progress(parts, "features") as bar:
         for images, arrays in extractor.run(shards, parts):
-            for place, image in enumerate(images):
+            for image in images:
                 if image.error:
                     raise ValueError(f"{image.name}: {image.error}")
-                features |= {f"{image.name}/{name}": array for name, array in arrays[place].items()}
+            _add_named(features, images, arrays)
             bar.update(len(images))
     if path.suffix == ".npz":
         content = {name: array.numpy() for name, array in features.items()}
@@ -318,7 +322,8 @@ def write_folder(
         per_file: images of a part, at most; see also `find_images`.
 
     Raises:
-        ValueError: the folder holds features of other images or settings; see also `Extractor.run`.
+        ValueError: the folder holds features of other images or settings; two images of one name
+            in one file of safetensors; see also `Extractor.run`.
     """
     runtime, recipe = extractor.runtime, extractor.recipe
     if format not in FORMATS:
@@ -391,11 +396,8 @@ def _write_part(
     """Write the arrays of a part, and then the index that says that it is done."""
     stem, rows = f"part_{number:06d}", {place: row for row, place in enumerate(arrays)}
     if format == "safetensors":
-        features = {
-            f"{images[place].name}/{name}": array
-            for place, found in arrays.items()
-            for name, array in found.items()
-        }
+        features: dict[str, Tensor] = {}
+        _add_named(features, images, arrays)
         write_atomic(folder / f"{stem}.safetensors", lambda file: file.write(_to_safetensors(features)))
     else:
         for name in next(iter(arrays.values()), ()):
@@ -409,6 +411,24 @@ def _write_part(
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     write_atomic(_marker(folder, number), lambda file: file.write(text.encode()))
+
+
+def _add_named(
+    features: dict[str, Tensor], images: Sequence[Image], arrays: dict[int, dict[str, Tensor]]
+) -> None:
+    """Add to `features`, as `NAME/ARRAY`, the arrays of a part's images by their place in it.
+
+    Raises:
+        ValueError: two images of one name, of which one would be lost.
+    """
+    for place, found in arrays.items():
+        for name, array in found.items():
+            key = f"{images[place].name}/{name}"
+            if key in features:
+                raise ValueError(
+                    f"two images are called {images[place].name}: rename one, or use a folder and npy"
+                )
+            features[key] = array
 
 
 def _marker(folder: Path, number: int) -> Path:

@@ -154,7 +154,13 @@ class Transform:
         return padded, placement
 
     def placement(self, height: int, width: int) -> Placement:
-        """Where an image of height x width pixels lies in the input made from it."""
+        """Where an image of height x width pixels lies in the input made from it.
+
+        Raises:
+            ValueError: an image without pixels.
+        """
+        if height < 1 or width < 1:
+            raise ValueError(f"an image of {height} x {width} pixels shows nothing: both must be at least 1")
         p = self.patch_size
         if self.fit == "square":
             return Placement((height, width), (self.size, self.size), (self.size, self.size))

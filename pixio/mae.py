@@ -110,6 +110,8 @@ class PixioMAE(nn.Module):
         rows, columns = cell_grid(grid, self.mask_grid)
         if noise is None:
             noise = torch.rand(len(images), rows * columns, device=images.device)
+        elif len(noise) != len(images):
+            raise ValueError(f"noise for {len(noise)} images, but there are {len(images)}: one row each")
         mask = block_mask(noise, grid, self.mask_grid, mask_ratio)  # [B, N]
         keep, restore = split_patches(mask, count_kept(rows * columns, mask_ratio) * self.mask_grid**2)
         features = self.encoder(images, block_ids=[-1], keep=keep)[0]

@@ -46,6 +46,7 @@ _DPI = 200
 _PAGE = 7.0  # inches, width of a page of two columns
 _PANEL = (0.95, 1.7)  # inches, range of the width of a panel
 _BAR = 0.8  # inches beside the panels for a colour bar and its labels
+_LETTER = 0.07  # inches, mean width in the names of rows
 _SMOOTHING = 50  # points of a curve that a moving mean covers, at most
 
 
@@ -135,7 +136,8 @@ def save_sweep(
     steps = torch.linspace(0, cells - 1, min(cells, FRAMES)).round().int().tolist()
     frames = []
     for masked in steps:
-        panels = reconstruct(mae, images, masked / cells, noise)
+        # half a cell less is rounded up to the number wanted; the quotient itself may round beyond it
+        panels = reconstruct(mae, images, max(masked - 0.5, 0) / cells, noise)
         drawn = io.BytesIO()
         title = f"{masked} of {cells} cells masked ({100 * masked / cells:.0f} %)"
         save_sheet({name: panel.cpu() for name, panel in panels.items()}, drawn, names, title=title, dpi=100)
@@ -283,7 +285,7 @@ def save_sheet(
         panels: title -> a tensor per image, the same number for all: photographs uint8 [3, H, W] and maps
             [H, W], which share one scale of colours.
         path: picture to write; a file object receives a PNG.
-        names: a label for each row.
+        names: a label for each row, shortened to its height.
         scale: what the maps measure, beside their colour bar.
         marks: (x, y) of numbered points in the first panel, in its pixels.
         title: of the whole sheet.
@@ -309,9 +311,9 @@ def save_sheet(
                 axis.set(xticks=[], yticks=[])
                 axis.spines[:].set_visible(False)
         for row, name in enumerate(names):
-            axes[row, 0].set_ylabel(name, fontsize=8)
+            axes[row, 0].set_ylabel(_shorten(name, panel * heights[row]), fontsize=8)
         for number, (x, y) in enumerate(marks, 1):
-            axes[0, 0].plot(x, y, "o", markersize=9, markerfacecolor="white", markeredgecolor="black")
+            axes[0, 0].plot(x, y, "o", markersize=9, mfc="white", mec="black", clip_on=False)
             axes[0, 0].annotate(
                 f"{number}", (x, y), ha="center", va="center_baseline", fontsize=6.5, color="black"
             )
@@ -322,6 +324,15 @@ def save_sheet(
             bar.outline.set_visible(False)
         if title:
             figure.suptitle(title, fontsize=10)
+
+
+def _shorten(name: str, inches: float) -> str:
+    """What of a name fits, its middle left out: names of files often differ at their ends."""
+    room = max(int(inches / _LETTER), 3)
+    if len(name) <= room:
+        return name
+    end = (room - 1) // 2
+    return f"{name[: room - 1 - end]}…{name[-end:]}"
 
 
 @contextmanager
@@ -394,7 +405,7 @@ def _read_log(log: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         # a run that was killed may have left its last line unfinished
         rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
         columns = [np.array([row[key] for row in rows], dtype=float) for key in ("step", "loss", "lr")]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"{file} is no log of a run: expected step, loss and lr in each line ({error})"
         ) from None

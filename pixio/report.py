@@ -27,13 +27,18 @@ _FIRST_SCENE = 1 << 48  # far from the seeds of written scene trees
 _SCENES = 4
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62em; margin: 2em auto; padding: 0 1em; }
+:root { color-scheme: light dark; --ink: #222; --quiet: #666; --line: #e4e4e4; --paper: #fff; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #ddd; --quiet: #999; --line: #3a3a3a; --paper: #181818; } img { filter: brightness(0.85); }
+}
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
+body { max-width: 62em; margin: 2em auto; padding: 0 1em; overflow-wrap: anywhere; }
 h1 { font-size: 1.6em; margin-bottom: 0; } h2 { font-size: 1.2em; margin-top: 2em; } h3 { font-size: 1em; }
-p.note { color: #666; } img { max-width: 100%; }
-table { border-collapse: collapse; font-size: 0.9em; }
-td, th { padding: 0.2em 1.2em 0.2em 0; border-bottom: 1px solid #e4e4e4; }
+p.note { color: var(--quiet); margin-top: 0.3em; } img { max-width: 100%; margin: 0.8em 0; }
+table { border-collapse: collapse; font-size: 0.9em; font-variant-numeric: tabular-nums; }
+td, th { padding: 0.2em 1.2em 0.2em 0; border-bottom: 1px solid var(--line); }
 td, th { text-align: left; vertical-align: top; font-weight: normal; }
-td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; } details { margin: 0.5em 0; }
+th { color: var(--quiet); overflow-wrap: normal; } details { margin: 0.5em 0; }
 """
 
 
@@ -58,21 +63,28 @@ def write_report(
         raise FileNotFoundError(f"{run} is no run: it has no log.jsonl")
     config = weights._read_json(run / "config.json") if (run / "config.json").is_file() else {}
     evaluations = _find_results(run, [Path(folder) for folder in results])
+    # before the summary, because it explains a log that is none
+    curves = _picture(lambda file: pictures.save_curves([run], file), "loss and learning rate over the steps")
     parts = [
         f"<h1>{html.escape(run.name)}</h1>",
         f"<p class=note>{_summary(run / 'log.jsonl')}</p>",
         "<h2>Curves</h2>",
-        _picture(lambda file: pictures.save_curves([run], file), "loss and learning rate over the steps"),
-        *_reconstructions(run, images, config.get("mask_ratio", 0.75)),
+        curves,
+        *_reconstructions(run, images, config),
         "<h2>Evaluation</h2>",
         *(_evaluation(file, content) for file, content in evaluations),
-        *([] if evaluations else ["<p class=note>No results.json was found in or beside the run.</p>"]),
+        *(
+            []
+            if evaluations
+            else ["<p class=note>No results.json of an evaluation of this run was found in or beside it.</p>"]
+        ),
         "<h2>Configuration</h2>",
         _table(config) if config else "<p class=note>The run has no config.json.</p>",
     ]
     page = f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <title>{html.escape(run.name)}</title>
 <style>{_STYLE}</style>
@@ -93,7 +105,7 @@ def _summary(log: Path) -> str:
 
 
 # ------------------------------------------------------------------------------------------ reconstructions
-def _reconstructions(run: Path, images: Sequence[str], mask_ratio: float) -> list[str]:
+def _reconstructions(run: Path, images: Sequence[str], config: dict[str, Any]) -> list[str]:
     """What the newest checkpoint makes of masked images; nothing for a run without checkpoints."""
     pointer = run / "checkpoints" / "latest"
     if not pointer.is_file():
@@ -108,6 +120,11 @@ def _reconstructions(run: Path, images: Sequence[str], mask_ratio: float) -> lis
         if images:
             raise
         return [heading, f"<p class=note>None: {html.escape(str(error))}</p>"]
+    mask_ratio = config.get("mask_ratio", 0.75)
+    if not isinstance(mask_ratio, int | float) or not 0 <= mask_ratio <= 1:
+        raise ValueError(
+            f"{run / 'config.json'}: mask_ratio must be a number from 0 to 1, found {_show(mask_ratio)[:80]}"
+        )
     pixels = _pixels(mae, images)
     names = [Path(image).stem for image in images]
     what = "" if images else " Rendered scenes that the run has not seen."
@@ -140,7 +157,10 @@ def _find_results(run: Path, folders: Sequence[Path]) -> list[tuple[Path, dict[s
     found = {file: weights._read_json(file) for file in files}
     for file in sorted(run.parent.glob("*/results.json")):
         if file not in found:
-            content = weights._read_json(file)
+            try:
+                content = weights._read_json(file)
+            except ValueError:
+                continue  # of somebody else; nothing says that it belongs to this run
             encoder = content.get("pretrained_ckp")
             if isinstance(encoder, str) and run in Path(encoder).resolve().parents:
                 found[file] = content
@@ -150,22 +170,35 @@ def _find_results(run: Path, folders: Sequence[Path]) -> list[tuple[Path, dict[s
 def _evaluation(file: Path, content: dict[str, Any]) -> str:
     """One evaluation: its figures in a table, its picture, and everything else folded away."""
     title = " ".join(str(content[key]) for key in ("task", "dataset", "head") if key in content)
-    figures = {key: content[key] for key in ("last", "best", "k") if isinstance(content.get(key), dict)}
-    rows = {
-        f"{kind}, {name}": value["value"] if isinstance(value, dict) and "value" in value else value
-        for kind, values in figures.items()
-        for name, value in values.items()
-    }
     panels = file.with_name("panels.png")
     return "\n".join(
         [
             f"<h3>{html.escape(title or file.parent.name)}</h3>",
             f"<p class=note>{html.escape(str(file))}</p>",
-            _table(rows),
+            _grid(_figures(content)),
             _embed(panels) if panels.is_file() else "",
             f"<details><summary>all of results.json</summary>{_table(content)}</details>",
         ]
     )
+
+
+def _figures(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Figures of an evaluation by row and column: metrics last and best, or k-NN's by neighbours."""
+    rows: dict[str, dict[str, Any]] = {}
+    for kind, values in _inner(content, "last", "best"):
+        for metric, value in values.items():
+            cells = {kind: value}
+            if isinstance(value, dict):  # the best, and when it was
+                cells = {kind: value.get("value"), "at epoch": value.get("epoch")}
+            rows[metric] = rows.get(metric, {}) | cells
+    for _, neighbours in _inner(content, "k"):
+        rows |= {f"k = {k}": values for k, values in _inner(neighbours, *neighbours)}
+    return rows
+
+
+def _inner(content: dict[str, Any], *keys: str) -> list[tuple[str, dict[str, Any]]]:
+    """The objects among some entries of an object; what was read may hold anything."""
+    return [(key, content[key]) for key in keys if isinstance(content.get(key), dict)]
 
 
 # ------------------------------------------------------------------------------------------------------ HTML
@@ -175,6 +208,17 @@ def _table(values: dict[str, Any]) -> str:
         for key, value in values.items()
     )
     return f"<table>{''.join(rows)}</table>"
+
+
+def _grid(rows: dict[str, dict[str, Any]]) -> str:
+    """A table with a heading over each column."""
+    columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
+    lines = ["".join(f"<th>{html.escape(text)}</th>" for text in ("", *columns))]
+    for name, cells in rows.items():
+        texts = (_show(cells[column]) if column in cells else "" for column in columns)
+        line = "".join(f"<td>{html.escape(text)}</td>" for text in texts)
+        lines.append(f"<th>{html.escape(name)}</th>{line}")
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def _show(value: Any) -> str:

@@ -19,17 +19,17 @@ from torch import Tensor, nn
 
 import pixio
 from pixio.data import DataError, Loader, normalise, open_stream
-from pixio.engine.checkpoint import Checkpoints, Interval, read_checkpoint, restore
+from pixio.engine.checkpoint import Checkpoints, Interval, restore
 from pixio.engine.config import option, parse
 from pixio.engine.optim import make_adamw, set_lr
 from pixio.engine.recipe import (
     TrainConfig,
-    check_same_run,
     is_finished,
     run_program,
     save_report,
     save_when_due,
     start_log,
+    state_to_resume,
 )
 from pixio.engine.runtime import Runtime
 from pixio.engine.signals import Stopped
@@ -83,10 +83,9 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
 
     # ---- resume
     checkpoints = Checkpoints(output / "checkpoints", runtime, keep_newest=2, keep_every=config.keep_every)
-    state = checkpoints.load_latest() or (read_checkpoint(config.resume) if config.resume else None)
+    state = state_to_resume(config, checkpoints, ("model", "input_size", "n_cls_tokens"))
     start, images = config.start_step, 0
     if state:
-        check_same_run(config, state, ("model", "input_size", "n_cls_tokens"))
         start, images = state["step"], state["images"]
         restore(mae, optimizer, state)
         scaler.load_state_dict(state["scaler"])

@@ -156,6 +156,29 @@ def test_the_normalisation_of_a_folder_is_converted(tmp_path):
     close(features["cls_tokens_norm"], expected[:, :1])
 
 
+def test_a_folder_that_does_not_normalise_gets_plain_pixels(tmp_path):
+    config = transformers.Dinov2Config(**SIZES, patch_size=8)
+    theirs = save(tmp_path, transformers.Dinov2Model(config), do_normalize=False, image_std=[0.5, 0.5, 0.5])
+    pixels = images(32, 32)
+    with torch.no_grad():
+        (features,) = load_encoder(f"hf/{tmp_path}")(normalise(pixels), [-1])
+        close(features["cls_tokens_norm"], theirs(pixels / 255).last_hidden_state[:, :1])
+
+
+@pytest.mark.parametrize(
+    ("statistics", "message"),
+    [
+        ({"image_mean": 0.5}, "must be three numbers"),
+        ({"image_mean": [float("nan"), 0, 0]}, "must be three numbers"),
+        ({"image_std": [1, 1, 0]}, r"must be positive, found \[1, 1, 0\]"),
+    ],
+)
+def test_impossible_statistics_are_refused(statistics, message, tmp_path):
+    save(tmp_path, transformers.Dinov2Model(transformers.Dinov2Config(**SIZES, patch_size=8)), **statistics)
+    with pytest.raises(ValueError, match=rf"preprocessor_config\.json: image_\w+.* {message}"):
+        load_encoder(f"hf/{tmp_path}")
+
+
 def test_a_folder_whose_weights_lack_a_layer_is_refused(tmp_path):
     dinov2(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -124,12 +124,14 @@ except SystemExit:
         ("info pixio_vith14", "did you mean pixio_vith16"),
         ("info --all", "--all"),
         ("convert no.pth x.pth --to pth", "no weight file at no.pth"),
+        ("convert no.pth a.png --to timm", "a.png exists"),
         ("convert encoder.pth x.zip --to zip", "'zip' (choose from"),
         ("convert encoder.pth x.pth --to pth --num_heads two", "invalid int value: 'two'"),
         ("features a.png", "--pretrained"),
         ("features a.png --model pixio_vitx16", "is no encoder: choose from pixio_vit"),
         ("features no.png --model pixio_vitpico16", "no file or folder no.png"),
         ("features a.png --model pixio_vitpico16 --output f.txt", ".npz or .safetensors"),
+        ("features a.png --model pixio_vitpico16 --output no/f.npz", "no folder no"),
         ("features a.png --pretrained encoder.pth --num_heads 2 --arrays pixels", "'pixels' (choose from"),
         ("features a.png --pretrained encoder.pth", "pass num_heads"),
         ("features a.png --pretrained encoder.pth --num_heads 2 --size 20", "try 16"),
@@ -169,6 +171,12 @@ def test_info_prints_the_published_sizes(capsys):
     assert "631,013,120" in capsys.readouterr().out
 
 
+def test_a_reader_that_leaves_early_gets_no_complaint():
+    command = f"{sys.executable} -m pixio info | head -n 0"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stdout == done.stderr == ""
+
+
 def test_convert_prints_the_line_that_loads_the_result(capsys):
     main(shlex.split("convert pico.pth converted.safetensors --to safetensors"))
     converted = eval(capsys.readouterr().out).state_dict()
@@ -197,6 +205,13 @@ def test_features_of_a_model_by_name_need_no_weights_and_are_repeatable(capsys):
         main(shlex.split(f"features a.png --model pixio_vitpico16 --size 16 --output {name}.safetensors"))
     assert "random weights" in capsys.readouterr().err
     assert Path("one.safetensors").read_bytes() == Path("two.safetensors").read_bytes()
+
+
+def test_a_model_by_name_takes_a_file_of_another_input_size(capsys):
+    torch.save(pixio.pixio_vitpico16(img_size=48, n_cls_tokens=4).state_dict(), "small.pth")
+    main(shlex.split("features a.png --model pixio_vitpico16 --pretrained small.pth --output small.npz"))
+    with np.load("small.npz") as found:
+        assert found["a.png/patch_tokens"].shape == (3, 3, 128)
 
 
 def test_features_go_on_in_a_folder_and_tell_what_was_there(capsys):

@@ -147,16 +147,20 @@ def losses(folder: Path) -> list[tuple]:
     return [(row["step"], row["images"], row["loss"], row["lr"], row["grad_norm"]) for row in log_of(folder)]
 
 
-def test_local_processes_meet_and_train_from_a_copy_of_the_code(tmp_path):
+@pytest.mark.parametrize("started_in", ["pretraining", "."])
+def test_local_processes_meet_and_train_from_a_copy_of_the_code(started_in, tmp_path):
+    if started_in == "." and sys.version_info < (3, 11):
+        pytest.skip("this Python cannot be told to leave its folder out of the path")
     flags = shlex.split(f"{TINY} --dataset_type scenes --epochs 1 --iters_per_epoch 2")
-    result = submit(
-        *flags, "--local", "--ngpus", 2, "--timeout", 5, "--warning", 60, "--snapshot", "--job_dir", tmp_path
-    )
+    flags += ["--local", "--ngpus", 2, "--timeout", 5, "--warning", 60, "--snapshot", "--job_dir", tmp_path]
+    environ = {key: value for key, value in ENV.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    result = submit(*flags, cwd=ROOT / started_in, env=environ)
     assert result.returncode == 0, result.stderr
     assert [row["images"] for row in log_of(tmp_path)] == [4, 8]
     (copy,) = (tmp_path / "code").iterdir()
     assert {path.name for path in copy.iterdir()} == {"pixio", "pretraining"}
     assert "runs" not in {path.name for path in (copy / "pretraining").iterdir()}
+    assert list((copy / "pixio/data").rglob("*.pyc"))  # of what was imported
 
 
 def test_a_failed_local_run_shows_why(tmp_path):

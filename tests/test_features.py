@@ -140,6 +140,7 @@ def test_a_map_can_be_had_at_another_size_of_the_original():
         (lambda: pixio.transform(64, "stretch"), "choose one of square, resize, pad"),
         (lambda: pixio.transform(64)(np.zeros((4, 4, 3))), "float64"),
         (lambda: pixio.transform(64)(np.zeros((4, 4, 4), np.uint8)), r"\[4, 4, 4\]"),
+        (lambda: pixio.transform(64)(np.zeros((0, 4, 3), np.uint8)), "image of 0 x 4 pixels"),
         (lambda: pixio.transform(64)(b"nothing"), "not a JPEG"),
         (lambda: Transform(64).placement(10, 20).patch_at(20, 3), "x is below 20, y below 10"),
     ],
@@ -165,6 +166,14 @@ def test_folders_patterns_files_and_tars_are_found_once_each(folder, tmp_path):
     files = shards[0].files.split("\0")
     assert [Path(file).name for file in files] == ["2.png", "0.png", "1.png", "3.png", "4.png"]
     assert [shard.name for shard in shards[1:]] == [str(tar)]
+
+
+def test_folders_that_are_called_as_images_are_no_images(folder, tmp_path):
+    (tmp_path / "album.png").mkdir()
+    (tmp_path / "album.tar").mkdir()
+    (tmp_path / "album.png/a.png").write_bytes((folder / "0.png").read_bytes())
+    (shard,) = find_images([str(tmp_path)])
+    assert shard.files == str(tmp_path / "album.png/a.png")
 
 
 @pytest.mark.parametrize("source", ["nothing", "no*.png", "empty"])
@@ -242,6 +251,19 @@ def test_a_tar_gives_the_features_of_its_files_and_worker_processes_change_nothi
     assert ours.keys() == theirs.keys()
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name])
+
+
+def test_two_members_of_a_tar_with_one_name_are_refused_where_one_would_be_lost(folder, encoder, tmp_path):
+    with tarfile.open(tmp_path / "some.tar", "w") as archive:
+        for name in ("0.png", "1.png"):
+            archive.add(folder / name, "same.png")
+    shards, run = find_images([str(tmp_path / "some.tar")]), extractor(encoder)
+    with pytest.raises(ValueError, match=r"two images are called .*some\.tar/same\.png"):
+        write_file(tmp_path / "f.npz", run, shards)
+    with pytest.raises(ValueError, match=r"two images are called .*some\.tar/same\.png"):
+        write_folder(tmp_path / "safetensors", run, shards)
+    write_folder(tmp_path / "npy", run, shards, "npy")
+    assert len(np.load(tmp_path / "npy/part_000000.embedding.npy")) == 2
 
 
 def test_a_stopped_run_goes_on_with_the_parts_it_lacks(folder, encoder, tmp_path, monkeypatch):

@@ -141,6 +141,12 @@ def test_a_mask_grid_that_does_not_fit_the_image_is_refused():
         PixioMAE(PixioViT(img_size=224, embed_dim=48, depth=1, num_heads=3))
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_noise_for_another_number_of_images_is_refused(rows):
+    with pytest.raises(ValueError, match=f"noise for {rows} images, but there are 2"):
+        small_mae()(torch.zeros(2, 3, 64, 64), noise=torch.rand(rows, 4))
+
+
 def test_loss_stays_float32_under_bf16_autocast():
     mae = small_mae()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -137,21 +137,21 @@ def test_draws_of_a_mask_differ_and_can_be_repeated(mae, images, monkeypatch):
     assert not torch.equal(first["masked"][0], first["masked"][1])
 
 
-@pytest.mark.parametrize("name", ["sweep.gif", "sweep.png"])
-def test_a_sweep_hides_cell_after_cell_and_brings_them_back(name, mae, images, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "side"), [("sweep.gif", 2), ("sweep.png", 3)])
+def test_a_sweep_hides_cell_after_cell_and_brings_them_back(name, side, mae, tmp_path, monkeypatch):
     masked, save_sheet = [], pictures.save_sheet
+    images = torch.randint(0, 128, (1, 3, 16 * side, 16 * side), dtype=torch.uint8)
 
     def note(panels, *arguments, **options):
         masked.append((panels["masked"] == pictures.HIDDEN).all(1))
         save_sheet(panels, *arguments, **options)
 
     monkeypatch.setattr(pictures, "save_sheet", note)
-    pictures.save_sweep(mae, images[:1], tmp_path / name, names=["a"])
-    shares = [m.float().mean().item() for m in masked]
-    assert shares == pytest.approx([0, 0.25, 0.5, 0.75], abs=0.01)
+    pictures.save_sweep(mae, images, tmp_path / name, names=["a"])
+    assert [m.sum().item() for m in masked] == [256 * cells for cells in range(side**2)]
     assert all((after | ~before).all() for before, after in itertools.pairwise(masked))
     with Image.open(tmp_path / name) as animation:
-        assert animation.n_frames == 6
+        assert animation.n_frames == 2 * side**2 - 2
         assert animation.info["loop"] == 0
 
 
@@ -165,6 +165,20 @@ def test_a_sheet_holds_photographs_and_maps_of_any_shape_and_hostile_names(tmp_p
     with Image.open(tmp_path / "sheet.png") as image:
         assert min(image.size) > 300
         assert np.asarray(image.convert("L")).std() > 10
+
+
+@given(st.text(max_size=60), st.floats(0, 3))
+def test_a_name_is_shortened_in_its_middle_to_the_row_beside_it(name, inches):
+    shown = pictures._shorten(name, inches)
+    room = max(inches / pictures._LETTER, 3)
+    assert len(shown) <= room
+    if len(name) <= int(room):
+        assert shown == name
+    else:
+        start, end = shown.split("…") if shown.count("…") == 1 else (shown[:1], shown[-1:])
+        assert end
+        assert name.startswith(start)
+        assert name.endswith(end)
 
 
 def test_pictures_of_features_are_drawn_for_photographs_of_several_sizes(mae, tmp_path):
@@ -216,12 +230,16 @@ def test_a_moving_mean_is_the_mean_of_the_known_neighbours(values, window):
         ('{"step": 1}\n', "is no log of a run"),
         ("[1]\n", "is no log of a run"),
         ("{\n", "is no log of a run"),
+        ("[" * 100_000 + "\n", "is no log of a run"),
+        (f'{{"step": {10**400}, "loss": 1, "lr": 1}}\n', "is no log of a run"),
     ],
 )
 def test_a_log_that_is_none_is_named(text, message, tmp_path):
     (tmp_path / "log.jsonl").write_text(text)
     with pytest.raises(ValueError, match=rf"log\.jsonl.* {message}"):
         pictures.save_curves([tmp_path], io.BytesIO())
+    with pytest.raises(ValueError, match=rf"log\.jsonl.* {message}"):
+        write_report(tmp_path, tmp_path / "report.html")
 
 
 # --------------------------------------------------------------------------------------------------- report
@@ -260,6 +278,32 @@ def test_a_report_holds_curves_reconstructions_settings_and_the_results_of_its_r
     assert "<td>33.75</td>" in (tmp_path / "report.html").read_text()
 
 
+def test_the_figures_of_evaluations_stand_in_columns(run, tmp_path):
+    best = {"miou": {"value": 12.5, "epoch": 4}}
+    dense = {"task": "semseg", "last": {"epoch": 6, "miou": 11.25}, "best": best}
+    (run / "eval/voc/results.json").write_text(json.dumps(dense))
+    knn = {"pretrained_ckp": str(run / "encoder.pth"), "k": {"10": {"top1": 50.0, "top5": 75.0}}, "last": 3}
+    (run.parent / "knn/results.json").write_text(json.dumps(knn))
+    write_report(run, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "<tr><th></th><th>last</th><th>best</th><th>at epoch</th></tr>" in page
+    assert "<tr><th>miou</th><td>11.25</td><td>12.5</td><td>4</td></tr>" in page
+    assert "<tr><th>k = 10</th><td>50</td><td>75</td></tr>" in page
+
+
+def test_what_lies_beside_a_run_and_cannot_be_read_keeps_nobody_from_a_report(run, tmp_path):
+    (run.parent / "other/results.json").write_text("[]")
+    write_report(run, tmp_path / "report.html")
+    assert "<td>22.5</td>" in (tmp_path / "report.html").read_text()
+
+
+def test_a_report_fits_narrow_and_dark_screens(run, tmp_path):
+    write_report(run, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert '<meta name="viewport" content="width=device-width">' in page
+    assert "prefers-color-scheme: dark" in page
+
+
 def test_a_report_escapes_what_it_read_and_refers_to_nothing_outside(run, tmp_path):
     write_report(run, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
@@ -291,6 +335,7 @@ def test_a_report_of_a_run_without_decoder_or_configuration_says_so(run, mae, tm
             "not the name of a checkpoint",
         ),
         (lambda run: (run / "config.json").write_text("[" * 100_000), "cannot be read as JSON"),
+        (lambda run: (run / "config.json").write_text('{"mask_ratio": "half"}'), "from 0 to 1, found half"),
         (lambda run: (run / "eval/voc/results.json").write_text("[]"), "holds a list"),
     ],
 )

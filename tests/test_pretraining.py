@@ -19,8 +19,8 @@ from PIL import Image
 import pixio
 from pixio.data.scene_trees import write_tree
 from pixio.engine import signals
-from pixio.engine.checkpoint import fetch, read_checkpoint
-from pixio.engine.runtime import start_runtime
+from pixio.engine.checkpoint import Checkpoints, fetch, read_checkpoint
+from pixio.engine.runtime import Runtime, start_runtime
 from pixio.engine.step import accumulate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -267,6 +267,19 @@ def test_another_model_is_not_resumed_into_a_folder(trees, tmp_path):
     run(*trees["folder"], "--output_dir", tmp_path)
     with pytest.raises(SystemExit, match="n_cls_tokens 8, not 4: choose another --output_dir"):
         run(*trees["folder"], "--output_dir", tmp_path, "--n_cls_tokens", "4")
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({"model": MODEL, "input_size": 128}, "step_00000001 is of a run with input_size 128, not 64"),
+        ({"student_models": ["pixio_vitpico16"]}, "step_00000001 is of another kind of run, without model"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_not_resumed(saved, message, trees, tmp_path):
+    Checkpoints(tmp_path, Runtime(torch.device("cpu"))).save(1, {"images": 4, "config": saved})
+    with pytest.raises(SystemExit, match=f"{message}: choose another --resume"):
+        run(*trees["folder"], "--output_dir", tmp_path / "run", "--resume", tmp_path / "step_00000001")
 
 
 SCRIPTS = sorted((ROOT / "pretraining" / "scripts").glob("*.sh"))

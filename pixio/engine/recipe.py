@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pixio.engine.checkpoint import Interval, write_atomic
+from pixio.engine.checkpoint import Checkpoints, Interval, read_checkpoint, write_atomic
 from pixio.engine.config import option, save_config
 from pixio.engine.logs import Log
 from pixio.engine.runtime import Runtime, start_runtime
@@ -208,21 +208,21 @@ def is_finished(config: TrainConfig, runtime: Runtime, step: int) -> bool:
     return finished
 
 
-def check_same_run(config: TrainConfig, state: dict[str, Any], keys: tuple[str, ...]) -> None:
-    """Refuse to go on from a checkpoint whose configuration differs in one of `keys`.
+def state_to_resume(
+    config: TrainConfig, checkpoints: Checkpoints, keys: tuple[str, ...]
+) -> dict[str, Any] | None:
+    """Collective: the run's newest checkpoint, else that of --resume, else None.
 
     Raises:
-        ValueError: it does, and the message names both values; or it has none of this program.
+        ValueError: it cannot be read, is of another program, or differs from `config` in one of `keys`.
     """
-    saved = state.get("config") or {}
-    for key in keys:
+    state, where, remedy = checkpoints.load_latest(), f"{config.output_dir} holds", "--output_dir"
+    if state is None and config.resume:
+        state, where, remedy = read_checkpoint(config.resume), f"{config.resume} is of", "--resume"
+    for key in keys if state else ():
+        saved = state.get("config") or {}
         if key not in saved:
-            raise ValueError(
-                f"the checkpoint in {config.resume or config.output_dir} is of another program: "
-                f"its configuration has no {key}"
-            )
-        if saved[key] != (here := asdict(config)[key]):
-            raise ValueError(
-                f"{config.output_dir} holds a run with {key} {saved[key]}, not {here}: "
-                "choose another --output_dir"
-            )
+            raise ValueError(f"{where} another kind of run, without {key}: choose another {remedy}")
+        if saved[key] != (here := getattr(config, key)):
+            raise ValueError(f"{where} a run with {key} {saved[key]}, not {here}: choose another {remedy}")
+    return state

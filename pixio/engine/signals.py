@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 WARNING = signal.SIGUSR2
-STOPPED = (
-    75  # exit status: "temporary failure" of sysexits.h; the run is saved and goes on when started again
-)
+# Exit status, "temporary failure" in sysexits.h: the run is saved and goes on when started again.
+STOPPED = 75
 
 _SIGNALS = (WARNING, signal.SIGTERM)
 _received: set[int] = set()
@@ -31,9 +30,7 @@ def heed_signals() -> Iterator[None]:
     """Inside, the signals are only noted, for `received`; forked processes (data workers) never see them."""
     global _heeding
     before, outer = {number: signal.signal(number, _note) for number in _SIGNALS}, _heeding
-    signal.pthread_sigmask(
-        signal.SIG_UNBLOCK, _SIGNALS
-    )  # whoever started us may have held them back till here
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # whoever started us may have held them back
     _heeding = True
     try:
         yield

@@ -27,7 +27,8 @@ import pixio
 from pixio.engine.config import option
 from pixio.engine.signals import STOPPED, WARNING, heed_signals, received
 
-_NOT_CODE = shutil.ignore_patterns("__pycache__", ".*", "runs", "slurm", "data")
+_NOT_CODE = ("__pycache__", ".*")
+_NOT_PROGRAMS = (*_NOT_CODE, "runs", "slurm", "data")  # of the folder of a program; `pixio.data` is code
 _LEFT_BY_SHELLS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 # A warning that comes while Python starts would end the process: it waits until the program can heed it.
 _HOLD_BACK = "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2]); "
@@ -129,7 +130,8 @@ def launch(config: LaunchConfig, script: Path) -> None:
         root = submitit.core.utils.JobPaths.get_first_id_independent_folder(folder)
         script = _copy_code(root, script, pretend=config.dry_run)
         path = f"{shlex.quote(str(script.parents[1]))}${{PYTHONPATH:+:$PYTHONPATH}}"
-        setup.append(f"export PYTHONPATH={path}")
+        # a safe path begins with the copy even where the job starts in the repository (Python 3.11 and later)
+        setup.append(f"export PYTHONSAFEPATH=1 PYTHONPATH={path}")
     arguments = program_arguments(config)
     output = next((word.partition("=")[2] for word in arguments if word.startswith("--output_dir=")), None)
     if output is None:
@@ -235,6 +237,6 @@ def _copy_code(root: Path, script: Path, pretend: bool) -> Path:
         return root / "code" / "COPY" / script.parent.name / script.name
     (root / "code").mkdir(parents=True, exist_ok=True)
     copy = Path(tempfile.mkdtemp(prefix="", dir=root / "code"))
-    for source in (Path(pixio.__file__).parent, script.parent):
-        shutil.copytree(source, copy / source.name, ignore=_NOT_CODE)
+    for source, left_out in ((Path(pixio.__file__).parent, _NOT_CODE), (script.parent, _NOT_PROGRAMS)):
+        shutil.copytree(source, copy / source.name, ignore=shutil.ignore_patterns(*left_out))
     return copy / script.parent.name / script.name
