@@ -653,8 +653,9 @@ def test_a_kill_during_a_save_leaves_the_newest_complete_checkpoint(mistreated, 
 
 
 @pytest.mark.parametrize("instant", INSTANTS)
-def test_what_a_kill_left_is_removed_by_the_next_save(mistreated, instant):
-    checkpoints = Checkpoints(mistreated / instant, ALONE, keep_newest=5)
+def test_what_a_kill_left_is_removed_by_the_next_save(mistreated, tmp_path, instant):
+    shutil.copytree(mistreated / instant, tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run", ALONE, keep_newest=5)
     assert list(checkpoints.folder.glob(".*.tmp"))
     checkpoints.save(3, {})
     assert not list(checkpoints.folder.glob(".*.tmp"))

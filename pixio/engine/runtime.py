@@ -31,6 +31,7 @@ from pixio.engine.meeting import Watch, meet
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GIB = 2**30
+LONGEST_START = timedelta(minutes=30)  # from the first rank's start to the last's
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ def start_runtime(
     mesh = host_group = watch = None
     if ranks.world_size > 1:
         timeout = timedelta(minutes=timeout_minutes)
-        store = meet(ranks.meeting, ranks.rank, ranks.world_size, timeout)
+        store = meet(ranks.meeting, ranks.rank, ranks.world_size, min(timeout, LONGEST_START))
         watch = Watch(store, ranks.rank, ranks.world_size, timeout)
         dist.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
