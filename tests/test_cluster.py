@@ -288,7 +288,7 @@ class Jobs:
             self.cluster.wait(
                 lambda number=number: self.cluster.state(number) in ("COMPLETED", "FAILED", "CANCELLED"),
                 name,
-                120,
+                300,
             )
             shown = self.cluster.call("scontrol", "show", "job", number)
             found[name] = {
@@ -304,6 +304,19 @@ EVALUATIONS = [
     *(f"semseg/{data}_{head}" for data in ("ade20k", "loveda", "pascal") for head in ("dpt", "linear")),
     "knn",
 ]
+
+
+WEB = "--hist_thresh 0.1 --imgres_thresh 32"
+TEACH = TINY.partition(" ")[2].partition(" ")[2]  # all but --model
+TEACH += " --teacher_model pixio_vitpico16 --student_models pixio_vitpico16 pixio_vitti16"
+DISTILL = "distillation/scripts/distill_pixio_vit5b16_to_"
+PUBLISHED = {
+    "imagenet": ("pretraining/scripts/pretrain_pixio_vith16_imagenet.sh", TINY),
+    "webdata": ("pretraining/scripts/pretrain_pixio_vit5b16_webdata.sh", f"{TINY} {WEB}"),
+    "distilled": (f"{DISTILL}vit1b16+vith16_imagenet.sh", TEACH),
+    "distilled_web": (f"{DISTILL}vit1b16+vith16_webdata.sh", f"{TEACH} {WEB}"),
+    "distilled_small": (f"{DISTILL}vitl16+vitb16_imagenet.sh", TEACH),
+}
 
 
 def copy_evaluation(place: Path, imagenet: Path) -> None:
@@ -341,12 +354,14 @@ def run_jobs(folder: Path) -> dict[str, dict]:
         jobs.submit("preempted", *together, "--partition", "low", "--save_steps", "0", PACE="3")
         jobs.submit("requeued", *spread, PACE="3")
         jobs.submit("killed", *spread, PACE="3")
+        jobs.submit("killed_shards", *spread, "--parallel", "fsdp", PACE="3")
         jobs.wait_for_step("preempted", 4)
         cluster.call("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
         jobs.wait_for_step("requeued", 4)
         cluster.call("scontrol", "requeue", jobs.numbers["requeued"])
-        jobs.wait_for_step("killed", 4)
-        jobs.kill_rank("killed", 1)
+        for name in ("killed", "killed_shards"):
+            jobs.wait_for_step(name, 4)
+            jobs.kill_rank(name, 1)
         jobs.submit("whole", *spread, PACE="0")
         jobs.submit("hopeless", *spread, "--data_path", folder / "nothing")
         short = ["--epochs", "1", "--iters_per_epoch", "2", "--timeout", "10"]
@@ -355,24 +370,9 @@ def run_jobs(folder: Path) -> dict[str, dict]:
         cluster.wait(lambda: cluster.state(jobs.numbers["evaluated"]) == "RUNNING", "the evaluation", 60)
         cluster.wait((folder / "evaluated.out").exists, "the output of the evaluation", 60)
         cluster.call("scancel", "--batch", "--signal=USR2", jobs.numbers["evaluated"])
-        scripts = ROOT / "pretraining" / "scripts"
-        recipe = ["bash", scripts / "pretrain_pixio_vith16_imagenet.sh"]
-        jobs.submit("imagenet", *tiny, *short, "--nodes", "2", "--ngpus", "2", command=recipe, **data)
-        recipe = ["bash", scripts / "pretrain_pixio_vit5b16_webdata.sh"]
-        web = ["--nodes", "1", "--ngpus", "1", "--hist_thresh", "0.1", "--imgres_thresh", "32"]
-        jobs.submit("webdata", *tiny, *short, *web, command=recipe, **data)
-        script = "distill_pixio_vit5b16_to_vit1b16+vith16_imagenet.sh"
-        recipe = ["bash", ROOT / "distillation" / "scripts" / script]
-        teacher = [
-            "--teacher_model",
-            "pixio_vitpico16",
-            "--student_models",
-            "pixio_vitpico16",
-            "pixio_vitti16",
-        ]
-        shared = [word for word in tiny if word not in ("--model", MODEL)]
-        flags = [*shared, *short, *teacher, "--nodes", "2", "--ngpus", "2"]
-        jobs.submit("distilled", *flags, command=recipe, TEACHER=str(folder / "teacher.pth"), **data)
+        four, environ = ["--nodes", "2", "--ngpus", "2"], {**data, "TEACHER": str(folder / "teacher.pth")}
+        for name, (script, flags) in PUBLISHED.items():
+            jobs.submit(name, *short, *four, *shlex.split(flags), command=["bash", ROOT / script], **environ)
         kitti, ade20k = folder / "evaluation/data/kitti", folder / "damaged"
         command = "launch_monodepth.sh monodepth/configs/kitti_linear.yaml pixio_vitpico16 none"
         jobs.evaluate("depth", f"{command} --data_root {kitti} {DENSE} --panels 1")
@@ -411,12 +411,11 @@ def said(folder: Path, job: dict) -> str:
     return "\n".join(path.read_text() for path in sorted(folder.glob(f"{job['number']}_*_log.*")))
 
 
-@pytest.mark.parametrize("name", ["imagenet", "webdata", "distilled"])
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_published_scripts_run_to_the_end(jobs, name):
     folder, found = jobs
     assert found[name]["state"] == "COMPLETED", said(folder / name, found[name])
-    ranks = {"imagenet": 4, "webdata": 1, "distilled": 4}[name]
-    assert [row["images"] for row in log_of(folder / name)] == [2 * ranks, 4 * ranks]
+    assert [row["images"] for row in log_of(folder / name)] == [8, 16]
     assert list((folder / name).glob("encoder*.pth"))
 
 
@@ -428,6 +427,14 @@ def test_an_interrupted_job_continues_and_ends_as_an_undisturbed_one(jobs, name)
     assert found[name]["restarts"] >= 1
     assert len(losses(folder / "whole")) == STEPS
     assert losses(folder / name) == losses(folder / "whole")
+
+
+def test_a_killed_job_with_shards_continues_and_ends_as_one_with_copies(jobs):
+    folder, found = jobs
+    job = found["killed_shards"]
+    assert (job["state"], job["restarts"] >= 1) == ("COMPLETED", True), said(folder / "killed_shards", job)
+    for shards, copies in zip(losses(folder / "killed_shards"), losses(folder / "whole"), strict=True):
+        assert shards == pytest.approx(copies, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["preempted", "limited"])
