@@ -340,7 +340,7 @@ def train_head(bench: Bench, train: Pairs) -> list[dict[str, Any]]:
     start, rows, seconds = 0, [], 0.0
     if state := checkpoints.load_latest():
         what = f"{bench.output} holds a run with"
-        check_same(state["setting"], setting, what, "choose another --output_dir")
+        check_same(state.get("setting", {}), setting, what, "choose another --output_dir")
         start, rows, seconds = state["step"], state["rows"], state["seconds"]
         restore(head, optimizer, state)
         scaler.load_state_dict(state["scaler"])

@@ -169,9 +169,13 @@ class Item(NamedTuple):
 
 
 def read_image(path: Path) -> np.ndarray:
-    """uint8 [H, W, 3]; an unreadable file is an error that names it."""
+    """uint8 [H, W, 3], the pixels where they are stored, over their targets, whatever EXIF says of the camera.
+
+    Raises:
+        DamagedDataError: unreadable; the message names the file.
+    """
     try:
-        return np.array(decode(path.read_bytes()))
+        return np.array(decode(path.read_bytes(), upright=False))
     except DamagedDataError as error:
         raise DamagedDataError(f"{path} is not a readable image: {error}") from error
 

@@ -359,6 +359,15 @@ def test_an_unreadable_image_is_an_error_without_a_workers_traceback(tmp_path, n
     assert "Traceback" not in str(error.value)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pixels_stay_over_their_targets_whatever_the_camera_noted(tmp_path, orientation):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(read_image(tmp_path / "a.png"), pixels)
+
+
 def read_zero(image: Path, target: Path):
     return read_image(image), np.zeros((4, 5), np.uint8)
 

@@ -26,7 +26,9 @@ from eval_semseg import SegmentationConfig
 import pixio
 from pixio.data.scene_trees import write_tree
 from pixio.data.scenes import render
+from pixio.engine.checkpoint import Checkpoints
 from pixio.engine.config import parse
+from pixio.engine.runtime import Runtime
 from pixio.engine.step import NonFiniteLoss
 
 EVALUATION = Path(eval_semseg.__file__).parent
@@ -167,6 +169,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(segmented, trees, tmp_path, m
 def test_a_finished_run_is_not_trained_again(segmented, trees, monkeypatch):
     monkeypatch.setattr(dense, "accumulate", None)
     assert figures(eval_semseg.main(segmentation(trees, segmented[1]))) == figures(segmented[0])
+
+
+def test_a_run_of_another_program_in_the_same_folder_is_refused(trees, tmp_path):
+    Checkpoints(tmp_path / "checkpoints", Runtime(torch.device("cpu"))).save(1, {"model": {}})
+    with pytest.raises(SystemExit, match="choose another --output_dir"):
+        eval_semseg.main(segmentation(trees, tmp_path))
 
 
 def test_another_run_in_the_same_folder_is_refused(segmented, trees):

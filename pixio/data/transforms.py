@@ -82,15 +82,15 @@ def denormalise(images: Tensor) -> Tensor:
     return (images.float() * std + mean).round().clamp(0, 255).to(torch.uint8)
 
 
-def decode(data: bytes) -> Image.Image:
+def decode(data: bytes, upright: bool = True) -> Image.Image:
     """Decode a JPEG, PNG or WebP of any colour mode.
 
     Greyscale, palette and CMYK become RGB, 16-bit grey keeps its upper byte, transparency is laid over
-    white, animations give their first frame, EXIF says which side is up. The size is checked in the header,
-    before any pixel is decoded.
+    white, animations give their first frame. The size is checked in the header, before any pixel is decoded.
 
     Args:
         data: the encoded image.
+        upright: turn it as its EXIF data say; else the pixels stay where they are stored.
 
     Returns:
         RGB image, 8 bits per channel.
@@ -99,12 +99,12 @@ def decode(data: bytes) -> Image.Image:
         DamagedDataError: not an image of these formats, damaged, truncated, or above MAX_PIXELS.
     """
 
-    def upright(image: Image.Image) -> Image.Image:
-        turn = _UPRIGHT.get(_orientation(image.info.get("exif")))
+    def rgb(image: Image.Image) -> Image.Image:
+        turn = _UPRIGHT.get(_orientation(image.info.get("exif"))) if upright else None
         image = to_rgb(image)
         return image.transpose(turn) if turn is not None else image
 
-    return _open(data, upright)
+    return _open(data, rgb)
 
 
 def read_size(data: bytes) -> tuple[int, int]:
