@@ -169,7 +169,7 @@ class Item(NamedTuple):
 
 
 def read_image(path: Path) -> np.ndarray:
-    """uint8 [H, W, 3], the pixels where they are stored, over their targets, whatever EXIF says of the camera.
+    """uint8 [H, W, 3], the pixels where they are stored, over their targets, whatever EXIF says.
 
     Raises:
         DamagedDataError: unreadable; the message names the file.
