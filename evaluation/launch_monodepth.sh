@@ -14,7 +14,7 @@
 #   sbatch launch_monodepth.sh monodepth/configs/nyuv2_dpt.yaml pixio_vith16 pixio_vith16.pth
 #   sbatch --account mine --qos high launch_monodepth.sh …           options of your cluster
 #   GPUS=8 bash launch_monodepth.sh …                                the same without SLURM; default: one process
-# Submit in this folder; elsewhere add --output FILE, or SLURM finds no slurm/ to write to and the job just fails.
+# Submit in this folder or above it, where slurm/ is; elsewhere add --output FILE, or the job just fails.
 # Further flags are passed on, and the last one wins: … --data_root /data/nyud --num_workers 8
 set -euo pipefail
 if [ $# -lt 3 ]; then

@@ -244,6 +244,13 @@ class Jobs:
         command = f"sbatch {options} {command} --output_dir {self.folder / name}"
         (self.numbers[name],) = self._numbers_from(command, ROOT / "evaluation")
 
+    def evaluate_from_above(self, place: Path) -> None:
+        """k-NN, submitted in the folder that holds evaluation/."""
+        (place / "slurm").mkdir()
+        options = "--parsable --ntasks-per-node=1 --gres=gpu:1 --cpus-per-task=1"
+        command = f"sbatch {options} evaluation/launch_knn.sh pixio_vitpico16 none {KNN} --output_dir above"
+        (self.numbers["above"],) = self._numbers_from(command, place)
+
     def evaluate_all(self, place: Path) -> None:
         """All evaluations, by the script for that, in a copy of evaluation/ with its data."""
         # so many cores that two jobs run at a time
@@ -378,6 +385,7 @@ def run_jobs(folder: Path) -> dict[str, dict]:
         jobs.evaluate("depth", f"{command} --data_root {kitti} {DENSE} --panels 1")
         command = "launch_semseg.sh semseg/configs/ade20k_linear.yaml pixio_vitpico16 none"
         jobs.evaluate("stranded", f"{command} --data_root {ade20k} {DENSE}")
+        jobs.evaluate_from_above(folder)
         jobs.evaluate_all(folder / "evaluation")
         found = jobs.finish()
     for large in (folder / "evaluation/runs").glob("*_dpt_*"):  # half a GB each
@@ -477,6 +485,14 @@ def test_all_evaluations_of_an_encoder_run_to_the_end_and_fill_the_table(jobs):
     rows = [line.split(" | ") for line in table.splitlines() if "pixio_vitpico16" in line]
     assert [len(row) for row in rows] == [1 + len(EVALUATIONS)] * 2
     assert not any("-" in cell for row in rows for cell in row[1:])
+
+
+def test_an_evaluation_can_be_submitted_above_its_folder(jobs):
+    folder, found = jobs
+    output = folder / "slurm" / f"{found['above']['number']}.out"
+    assert found["above"]["state"] == "COMPLETED", output.exists() and output.read_text()
+    assert (folder / "evaluation/above/results.json").is_file()
+    assert (ROOT / "slurm").is_dir()  # there, in a clone
 
 
 @pytest.mark.parametrize(("name", "reason"), [("misled", "nothing"), ("stranded", "ADE_val_00000002.jpg")])
