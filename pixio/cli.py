@@ -224,17 +224,26 @@ def _add_plan(add) -> None:
     parser = add(plan, "pixio_vit5b16_enc3072x48h32_dec512x32h16 --gpus 256 --gpu_memory 80 --batch 64")
     parser.add_argument("model", help="pre-training model or encoder, see `pixio info`")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs, each with its own process")
+    parser.add_argument("--gpus_per_node", type=int, default=8, help="of them in each machine")
     parser.add_argument("--gpu_memory", type=float, required=True, help="of each GPU, in GiB")
     parser.add_argument("--batch", type=int, default=64, help="images per GPU and forward pass")
     parser.add_argument("--dtype", default="bf16", help="computed in bf16, fp16 or fp32")
     parser.add_argument("--mask_ratio", type=float, default=0.75, help="share of masked cells")
 
 
-def plan(model: str, gpus: int, gpu_memory: float, batch: int, dtype: str, mask_ratio: float) -> None:
+def plan(
+    model: str,
+    gpus: int,
+    gpus_per_node: int,
+    gpu_memory: float,
+    batch: int,
+    dtype: str,
+    mask_ratio: float,
+) -> None:
     """Tell what training a model needs: memory for each way of dividing it, and arithmetic."""
     from pixio.plan import describe, make_plan
 
-    print(describe(make_plan(model, gpus, batch, dtype, mask_ratio), gpu_memory))
+    print(describe(make_plan(model, gpus, batch, dtype, mask_ratio, gpus_per_node), gpu_memory))
 
 
 def _add_scenes(add) -> None:

@@ -75,7 +75,14 @@ class _Traced:
     flops: int
 
 
-def make_plan(model: str, gpus: int, batch: int, dtype: str = "bf16", mask_ratio: float = 0.75) -> Plan:
+def make_plan(
+    model: str,
+    gpus: int,
+    batch: int,
+    dtype: str = "bf16",
+    mask_ratio: float = 0.75,
+    gpus_per_node: int = 8,
+) -> Plan:
     """Plan the training of `model` on images of its native size.
 
     Args:
@@ -84,11 +91,12 @@ def make_plan(model: str, gpus: int, batch: int, dtype: str = "bf16", mask_ratio
         batch: images per GPU and forward pass.
         dtype: what autocast computes in, "bf16", "fp16" or "fp32".
         mask_ratio: share of masked cells in pre-training.
+        gpus_per_node: of a machine, which --parallel hybrid divides the model over.
 
     Raises:
         ValueError: unknown model or dtype, or a number that is not positive.
     """
-    for name, value in (("gpus", gpus), ("batch", batch)):
+    for name, value in (("gpus", gpus), ("batch", batch), ("gpus_per_node", gpus_per_node)):
         if value < 1:
             raise ValueError(f"--{name} must be at least 1, found {value}")
     if dtype not in DTYPES:
@@ -103,7 +111,6 @@ def make_plan(model: str, gpus: int, batch: int, dtype: str = "bf16", mask_ratio
     with fake:
         traced = trace(network, batch, computed, mask_ratio)
     whole = 4 * sum(parameter.numel() for parameter in network.parameters())
-    divided = 4 * sum(shard_sizes(network, gpus))
 
     copies = weight_copies(network, computed)
     saved, inputs = zip(*traced.per_block, strict=True)
@@ -113,18 +120,15 @@ def make_plan(model: str, gpus: int, batch: int, dtype: str = "bf16", mask_ratio
     blocks = [sum(p.numel() for p in block.parameters()) for block in blocks_of(network)]
     gathered = whole - 4 * sum(blocks) + max(blocks) * (3 * computed.itemsize + 4)
 
-    def setting(flags: str, bytes_each: int, activations: int, working: int) -> Setting:
-        return Setting(flags, bytes_each, bytes_each, 2 * bytes_each, activations, working)
-
+    held = [("ddp", whole, copies)]
+    for parallel, ranks in (("hybrid", gpus_per_node), ("fsdp", gpus)):
+        if 1 < ranks < gpus or (parallel == "fsdp" and gpus > 1):
+            held.append((parallel, 4 * sum(shard_sizes(network, ranks)), gathered))
     settings = [
-        setting("--parallel ddp", whole, traced.saved, copies),
-        setting("--parallel ddp --grad_checkpointing", whole, recomputed, copies),
+        Setting(f"--parallel {parallel}{flag}", each, each, 2 * each, activations, working)
+        for parallel, each, working in held
+        for flag, activations in (("", traced.saved), (" --grad_checkpointing", recomputed))
     ]
-    if gpus > 1:
-        settings += [
-            setting("--parallel fsdp", divided, traced.saved, gathered),
-            setting("--parallel fsdp --grad_checkpointing", divided, recomputed, gathered),
-        ]
     return Plan(whole // 4, traced.flops // batch, settings)
 
 

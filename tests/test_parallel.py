@@ -290,24 +290,26 @@ def test_planned_arithmetic_is_that_of_the_layers():
     assert plan.forward_flops == pytest.approx(matrices + attention + patches, rel=1e-3)
 
 
-def test_the_5b_model_on_the_meta_device_is_divided_over_256_ranks_as_planned():
+@pytest.mark.parametrize("parallel", ["hybrid", "fsdp"])
+def test_the_5b_model_on_the_meta_device_is_divided_over_256_ranks_as_planned(parallel):
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=256)
     try:
         with torch.device("meta"):
             model = pixio.create_model(HUGE)
-        shard(model, make_mesh("cpu", Ranks(0, 0, 256, 8), "fsdp"), torch.bfloat16)
+        shard(model, make_mesh("cpu", Ranks(0, 0, 256, 8), parallel), torch.bfloat16)
         held = sum(parameter.to_local().nbytes for parameter in model.parameters())
     finally:
         dist.destroy_process_group()
-    setting = next(s for s in make_plan(HUGE, gpus=256, batch=1).settings if "fsdp" in s.flags)
+    setting = next(s for s in make_plan(HUGE, gpus=256, batch=1).settings if parallel in s.flags)
     assert setting.weights == pytest.approx(held, rel=0.05)
 
 
 def test_the_plan_of_the_published_5b_run_needs_shards():
     text = describe(make_plan(HUGE, gpus=256, batch=64), gpu_memory=80)
     assert "5,543,919,360 parameters" in text
-    assert "90% of 80 GiB: take --parallel fsdp" in text
-    assert [line.endswith("fits") for line in text.splitlines()[2:6]] == [False, False, True, True]
+    assert "90% of 80 GiB: take --parallel hybrid" in text
+    fits = [line.endswith("fits") for line in text.splitlines()[2:-1]]
+    assert fits == [False, False, True, True, True, True]
 
 
 @pytest.mark.parametrize(

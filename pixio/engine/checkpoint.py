@@ -200,7 +200,7 @@ class Checkpoints:
         def describe(name: str, tensor: Tensor) -> Tensor:
             assert name not in sizes, f"two tensors would be called {name}"
             sizes[name] = tensor.numel() * tensor.element_size()
-            if isinstance(tensor, DTensor) or self.runtime.is_main:
+            if _is_of_first_copy(tensor) if isinstance(tensor, DTensor) else self.runtime.is_main:
                 tensors[name] = tensor.detach().to("cpu", copy=True)
             return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
@@ -365,6 +365,11 @@ class Interval:
         if due:
             self._since = time.monotonic()
         return due
+
+
+def _is_of_first_copy(shard: DTensor) -> bool:
+    """Whether this rank's part is one of the first copy's, where machines hold copies."""
+    return not any(shard.device_mesh.get_coordinate()[:-1])
 
 
 def _map(value: Any, function: Callable[[str, Any], Any], kind: type = Tensor, name: str = "") -> Any:

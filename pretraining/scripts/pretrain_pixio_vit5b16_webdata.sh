@@ -5,7 +5,7 @@
 #   hardware   32 nodes x 8 GPUs of 80 GB under SLURM
 #   hours      not measured here; 1,284,000 steps of 16,384 images
 #   expect     k-NN 68.4, NYUv2 DPT RMSE 0.238, ADE20K linear mIoU 50.2 (paper, 5B)
-# The parameters are shared out over all GPUs: a copy on each would not fit (`pixio plan`, README).
+# The GPUs of a node share the parameters out: a copy on each would not fit (`pixio plan`, README).
 # Further flags are passed on, and the last one wins.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,7 +17,7 @@ command -v sbatch >/dev/null || {
 
 python submitit_pretrain.py \
     --job_dir runs/%j --job_name pixio_vit5b16_webdata \
-    --nodes 32 --ngpus 8 --timeout 4320 --parallel fsdp \
+    --nodes 32 --ngpus 8 --timeout 4320 --parallel hybrid \
     --model pixio_vit5b16_enc3072x48h32_dec512x32h16 --n_cls_tokens 8 --drop_path 0.4 \
     --norm_pix_loss --mask_ratio 0.75 --mask_grid 4 \
     --dataset_type webdataset --data_path "${WEB_TARS:?the folder with the tars}" \
