@@ -15,8 +15,13 @@ launch() {
         # attempt goes on from the last checkpoint.
         trap 'scontrol requeue "$SLURM_JOB_ID"' USR2
         srun --kill-on-bad-exit=1 python "$@" &
-        wait $!
-        exit
+        local status=0
+        wait $! || status=$?
+        while [ -n "$(jobs -pr)" ]; do # the warning ends the waiting; what may not be queued again runs on
+            status=0
+            wait $! || status=$?
+        done
+        exit $status
     elif [ "${GPUS:-1}" -gt 1 ]; then
         exec torchrun --standalone --nproc_per_node "$GPUS" "$@"
     fi

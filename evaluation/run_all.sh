@@ -16,12 +16,13 @@ encoder="$1" weights="$(absolute "$2")"
 cd "$here"
 mkdir -p slurm # where SLURM puts what the jobs print; without it they fail at once
 
+: "${SBATCH_FLAGS:=}" "${DENSE_FLAGS:=}" "${KNN_FLAGS:=}"
 start=(bash)
 if [ -z "${GPUS:-}" ] && command -v sbatch >/dev/null; then
-    read -ra start <<<"sbatch ${SBATCH_FLAGS:-}"
+    read -ra start <<<"sbatch ${SBATCH_FLAGS//$'\n'/ }"
 fi
-read -ra dense_flags <<<"${DENSE_FLAGS:-}"
-read -ra knn_flags <<<"${KNN_FLAGS:-}"
+read -ra dense_flags <<<"${DENSE_FLAGS//$'\n'/ }"
+read -ra knn_flags <<<"${KNN_FLAGS//$'\n'/ }"
 failed=()
 for task in monodepth semseg; do
     for config in "$task"/configs/*.yaml; do

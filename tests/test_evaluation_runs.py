@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -444,6 +446,19 @@ def test_launch_scripts_work_as_slurms_copy(programs, tmp_path, submitted_from):
     assert found == f"srun {EVALUATION} --kill-on-bad-exit=1 python {call}"
 
 
+def test_a_warned_job_that_may_not_be_queued_again_goes_on_to_its_end(programs, tmp_path):
+    (tmp_path / "bin/srun").write_text(f"#!/usr/bin/env bash\ntouch {tmp_path}/runs\nsleep 1\nexit 3\n")
+    (tmp_path / "bin/scontrol").write_text(f"#!/usr/bin/env bash\ntouch {tmp_path}/refused\nexit 1\n")
+    (tmp_path / "bin/scontrol").chmod(0o755)
+    command = ["bash", f"{EVALUATION}/launch_knn.sh", "pixio_vitb16", "none"]
+    job = subprocess.Popen(command, env=programs | {"SLURM_JOB_ID": "1"})
+    while not (tmp_path / "runs").exists():
+        time.sleep(0.01)
+    job.send_signal(signal.SIGUSR2)
+    assert job.wait(timeout=60) == 3
+    assert (tmp_path / "refused").exists()
+
+
 ALL = ("monodepth", "kitti", "nyuv2"), ("semseg", "ade20k", "loveda", "pascal")
 CONFIGS = [
     (task, f"{task}/configs/{name}_{head}.yaml")
@@ -455,7 +470,7 @@ CONFIGS = [
 
 def test_all_evaluations_are_submitted_with_their_flags(programs, tmp_path):
     (tmp_path / "w.pth").touch()
-    flags = {"DENSE_FLAGS": "--epochs 1", "KNN_FLAGS": "--per_block", "SBATCH_FLAGS": "--account mine"}
+    flags = {"DENSE_FLAGS": "--epochs\n1", "KNN_FLAGS": "--per_block", "SBATCH_FLAGS": "--account mine"}
     found = shell(f"bash {EVALUATION}/run_all.sh pixio_vitb16 w.pth", tmp_path, programs | flags)
     start = f"sbatch {EVALUATION} --account mine"
     model = f"pixio_vitb16 {tmp_path}/w.pth"
