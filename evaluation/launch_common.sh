@@ -13,7 +13,7 @@ launch() {
         export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun does not take it over from sbatch
         # The warning that the header asks for, before a time limit or a preemption: back into the queue. The next
         # attempt goes on from the last checkpoint.
-        trap 'scontrol requeue "$SLURM_JOB_ID"' USR2
+        trap 'scontrol requeue "$SLURM_JOB_ID" || true' USR2
         srun --kill-on-bad-exit=1 python "$@" &
         local status=0
         wait $! || status=$?
