@@ -215,7 +215,7 @@ def _load_folder(folder: Path) -> nn.Module:
     config = folder / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"no config.json in {folder.absolute()}: give a folder saved by transformers")
-    kind = weights._read_json(config).get("model_type")
+    kind = weights.read_json(config).get("model_type")
     if kind == "pixio":
         return registry.from_pretrained(folder)
     if kind not in _TRANSFORMERS:
@@ -290,7 +290,7 @@ def _read_statistics(path: Path) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and standard deviation that a preprocessor applies."""
     if not path.is_file():
         return _IMAGENET
-    content = weights._read_json(path)
+    content = weights.read_json(path)
     if content.get("do_normalize") is False:
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     mean, std = content.get("image_mean", IMAGENET_MEAN), content.get("image_std", IMAGENET_STD)

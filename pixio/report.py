@@ -61,7 +61,7 @@ def write_report(
     run = Path(run).resolve()
     if not (run / "log.jsonl").is_file():
         raise FileNotFoundError(f"{run} is no run: it has no log.jsonl")
-    config = weights._read_json(run / "config.json") if (run / "config.json").is_file() else {}
+    config = weights.read_json(run / "config.json") if (run / "config.json").is_file() else {}
     evaluations = _find_results(run, [Path(folder) for folder in results])
     # before the summary, because it explains a log that is none
     curves = _picture(lambda file: pictures.save_curves([run], file), "loss and learning rate over the steps")
@@ -154,11 +154,11 @@ def _find_results(run: Path, folders: Sequence[Path]) -> list[tuple[Path, dict[s
     if missing := [str(folder) for folder in folders if not folder.is_dir()]:
         raise FileNotFoundError(f"no folder {', '.join(missing)}")
     files = [file.resolve() for folder in (run, *folders) for file in sorted(folder.rglob("results.json"))]
-    found = {file: weights._read_json(file) for file in files}
+    found = {file: weights.read_json(file) for file in files}
     for file in sorted(run.parent.glob("*/results.json")):
         if file not in found:
             try:
-                content = weights._read_json(file)
+                content = weights.read_json(file)
             except ValueError:
                 continue  # of somebody else; nothing says that it belongs to this run
             encoder = content.get("pretrained_ckp")

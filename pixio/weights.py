@@ -144,7 +144,7 @@ def read_encoder(source: str | Path) -> tuple[State, int | None]:
         return split_state(content, source)[0], named and named[2]
     state, _ = split_state(_read_folder(path), source)
     config_file = path / "config.json"
-    config = _read_json(_inside(path, config_file.name)) if config_file.is_file() else {}
+    config = read_json(_inside(path, config_file.name)) if config_file.is_file() else {}
     return state, _check_config(config, state, config_file) if "model_type" in config else None
 
 
@@ -194,7 +194,7 @@ def _read_folder(folder: Path) -> dict[str, Any]:
     """Content of the folder's only weight file, or of all shards that its index lists."""
     if (folder / _INDEX).is_file() and not (folder / _SINGLE).is_file():
         index = _inside(folder, _INDEX)
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise ValueError(f"{index} has no weight_map from tensors to files")
         shards = {name: read_file(_inside(folder, name, ".safetensors")) for name in {*weight_map.values()}}
@@ -223,7 +223,12 @@ def _inside(folder: Path, name: str, suffix: str = "") -> Path:
     return path
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a small JSON file, which may be anybody's.
+
+    Raises:
+        ValueError: too large, unreadable, or not an object.
+    """
     try:
         if path.stat().st_size > _MAX_JSON:
             raise ValueError(f"{path.stat().st_size:,} bytes, at most {_MAX_JSON:,} expected")
