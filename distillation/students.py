@@ -51,7 +51,7 @@ class Student(nn.Module):
             Projected tokens, [B, C, D] and [B, V, D].
         """
         features = self.encoder(images, block_ids=[-1], keep=keep)[0]
-        # one after the other: parts of one tensor would be views, which FSDP2 warns of
+        # one after the other: FSDP2 warns of outputs that are parts of one tensor
         return Tokens(
             self.last_proj(features["cls_tokens_norm"]), self.last_proj(features["patch_tokens_norm"])
         )
