@@ -386,6 +386,19 @@ def test_ranks_of_torchrun():
     assert find_ranks(environ) == Ranks(5, 1, 8, 4, "env://")
 
 
+@pytest.mark.parametrize(
+    ("environ", "meeting"),
+    [
+        ({}, "tcp://head:1234"),
+        ({"MASTER_ADDR": "fe80::1"}, "tcp://[fe80::1]:1234"),
+        ({"TORCHELASTIC_USE_AGENT_STORE": "True"}, "env://"),  # there it is torchrun who listens
+    ],
+)
+def test_processes_of_any_launcher_meet_where_we_can_say_who_is_missing(environ, meeting):
+    given = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "head", "MASTER_PORT": "1234"}
+    assert find_ranks(given | environ).meeting == meeting
+
+
 def test_torchrun_inside_srun_wins():
     environ = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     assert find_ranks(SRUN_TASK | environ).world_size == 2
@@ -568,6 +581,23 @@ def test_a_rank_that_cannot_reach_the_first_says_where_it_looked():
 
 def test_ranks_that_only_end_at_different_times_are_not_mistaken_for_missing():
     assert [status for status, _ in run_ranks(2, 2, 0.1, "never")] == [0, 0]
+
+
+@pytest.mark.parametrize(("failure", "left"), [(None, 1), (SystemExit(75), 1), (ValueError("mine"), 0)])
+def test_a_failing_process_does_not_wait_for_the_others_to_leave(monkeypatch, failure, left):
+    """With NCCL it would, while they wait for it."""
+    calls = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: calls.append(1))
+    try:
+        try:
+            if failure:
+                raise failure
+        finally:
+            dataclasses.replace(ALONE, world_size=2).close()
+    except (SystemExit, ValueError):
+        pass
+    assert len(calls) == left
 
 
 def test_memory_is_a_plausible_number_of_gib():

@@ -210,6 +210,11 @@ def test_machines_that_cannot_each_hold_a_copy_are_refused(on_one, found):
         make_mesh("cpu", Ranks(0, 0, 6, on_one), "hybrid")
 
 
+def test_ranks_that_alternate_between_machines_are_refused():
+    with pytest.raises(ValueError, match="found rank 1 as number 0 of 2 on its machine"):
+        make_mesh("cpu", Ranks(1, 0, 4, 2), "hybrid")
+
+
 # ------------------------------------------------------------------------------------------------- planning
 
 SMALL = "pixio_vitti16_enc192x12h3_dec128x4h4"
