@@ -309,6 +309,12 @@ def test_the_5b_model_on_the_meta_device_is_divided_over_256_ranks_as_planned(pa
     assert setting.weights == pytest.approx(held, rel=0.05)
 
 
+@pytest.mark.parametrize(("gpus", "possible"), [(16, True), (12, False), (8, False)])
+def test_hybrid_sharding_is_planned_where_it_can_run(gpus, possible):
+    flags = [setting.flags for setting in make_plan(SMALL, gpus=gpus, batch=1).settings]
+    assert any("hybrid" in flag for flag in flags) == possible
+
+
 def test_the_plan_of_the_published_5b_run_needs_shards():
     text = describe(make_plan(HUGE, gpus=256, batch=64), gpu_memory=80)
     assert "5,543,919,360 parameters" in text
