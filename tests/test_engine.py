@@ -13,6 +13,7 @@ import sys
 import time
 import weakref
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -28,9 +29,11 @@ from torch import nn
 
 from pixio.engine import checkpoint as checkpoint_module
 from pixio.engine import logs as logs_module
+from pixio.engine import meeting as meeting_module
 from pixio.engine.checkpoint import Checkpoints, Interval, fetch, read_checkpoint, restore, write_atomic
 from pixio.engine.config import option, parse, save_config
 from pixio.engine.logs import Log
+from pixio.engine.meeting import Watch
 from pixio.engine.optim import make_adamw, set_lr
 from pixio.engine.recipe import TrainConfig, state_to_resume
 from pixio.engine.runtime import Ranks, Runtime, choose_device, expand_node_list, find_ranks, start_runtime
@@ -634,7 +637,35 @@ def test_ranks_that_only_end_at_different_times_are_not_mistaken_for_missing():
     assert [status for status, _ in run_ranks(2, 2, 0.1, "never")] == [0, 0]
 
 
-@pytest.mark.parametrize(("failure", "left"), [(None, 1), (SystemExit(75), 1), (ValueError("mine"), 0)])
+class Notes(dict):
+    """A store as far as `Watch` uses one."""
+
+    get = dict.__getitem__
+
+    def clone(self) -> "Notes":
+        return self
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value.encode()
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
+
+
+def test_a_run_that_was_suspended_as_a_whole_is_not_mistaken_for_a_hanging_one(monkeypatch):
+    hours, ended = itertools.count(step=3600), []
+    clock = SimpleNamespace(monotonic=lambda: next(hours), sleep=lambda _: None)
+    monkeypatch.setattr(meeting_module, "time", clock)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    watch = Watch(Notes({"host/1": b"n1", "passed/1": b"-1"}), 0, 2, timedelta(seconds=2))
+    time.sleep(0.9)  # it has looked four times
+    watch.close()
+    assert not ended
+
+
+@pytest.mark.parametrize(
+    ("failure", "left"), [(None, 1), (SystemExit(75), 1), (ValueError("mine"), 0), (KeyboardInterrupt(), 0)]
+)
 def test_a_failing_process_does_not_wait_for_the_others_to_leave(monkeypatch, failure, left):
     """With NCCL it would, while they wait for it."""
     calls = []
@@ -646,7 +677,7 @@ def test_a_failing_process_does_not_wait_for_the_others_to_leave(monkeypatch, fa
                 raise failure
         finally:
             dataclasses.replace(ALONE, world_size=2).close()
-    except (SystemExit, ValueError):
+    except (SystemExit, ValueError, KeyboardInterrupt):
         pass
     assert len(calls) == left
 

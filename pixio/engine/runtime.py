@@ -202,7 +202,8 @@ class Runtime:
         if self.watch is not None:
             self.watch.close()
         if self.world_size > 1 and dist.is_initialized():
-            if not isinstance(sys.exc_info()[1], Exception):  # those that all raise to end are none
+            failure = sys.exc_info()[1]
+            if failure is None or isinstance(failure, SystemExit):  # the latter is raised by all ranks
                 dist.destroy_process_group()
             # A gloo thread drops the last tensor a moment after its collective returned, and needs the
             # interpreter for that: one that is already shutting down would abort the process.
