@@ -122,7 +122,8 @@ def make_plan(
 
     held = [("ddp", whole, copies)]
     for parallel, ranks in (("hybrid", gpus_per_node), ("fsdp", gpus)):
-        if 1 < ranks < gpus or (parallel == "fsdp" and gpus > 1):
+        possible = 1 < ranks < gpus and gpus % ranks == 0 if parallel == "hybrid" else gpus > 1
+        if possible:
             held.append((parallel, 4 * sum(shard_sizes(network, ranks)), gathered))
     settings = [
         Setting(f"--parallel {parallel}{flag}", each, each, 2 * each, activations, working)

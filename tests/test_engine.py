@@ -1,6 +1,7 @@
 """The engine: ranks, steps, files, configuration and logs, in one process and on two real gloo ranks."""
 
 import dataclasses
+import errno
 import itertools
 import json
 import math
@@ -10,7 +11,9 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -26,13 +29,17 @@ from torch import nn
 
 from pixio.engine import checkpoint as checkpoint_module
 from pixio.engine import logs as logs_module
+from pixio.engine import meeting as meeting_module
 from pixio.engine.checkpoint import Checkpoints, Interval, fetch, read_checkpoint, restore, write_atomic
 from pixio.engine.config import option, parse, save_config
 from pixio.engine.logs import Log
+from pixio.engine.meeting import Watch
 from pixio.engine.optim import make_adamw, set_lr
+from pixio.engine.recipe import TrainConfig, state_to_resume
 from pixio.engine.runtime import Ranks, Runtime, choose_device, expand_node_list, find_ranks, start_runtime
 from pixio.engine.schedule import warmup_cosine
 from pixio.engine.step import NonFiniteLoss, accumulate
+from pixio.weights import read_file
 
 ALONE = Runtime(torch.device("cpu"))
 STEPS = 3
@@ -111,6 +118,11 @@ def run_rank(rank: int, folder: Path) -> None:
         except OSError as error:
             found["full"] = str(error)
     found["after"] = checkpoints.load_latest()
+    try:
+        checkpoints.save(2, {}, {folder / "export": lambda state: state["absent"]})
+    except OSError as error:
+        found["export"] = str(error)
+    found |= meet_damage(rank, checkpoints, folder)
 
     found["due"] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -122,6 +134,34 @@ def run_rank(rank: int, folder: Path) -> None:
             found["due"].append(interval.due(step))
     torch.save(found, folder / f"rank{rank}.pt")
     runtime.close()
+
+
+def meet_damage(rank: int, checkpoints: Checkpoints, folder: Path) -> dict:
+    """What each rank says when only one of them cannot read."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 0:
+            patch.setattr(checkpoints, "_newest", lambda: (folder / "nowhere").stat())
+        with pytest.raises(ValueError, match="No such file") as caught:
+            checkpoints.load_latest()
+        found["unlisted"] = str(caught.value)
+    other = Checkpoints(folder / "other", checkpoints.runtime)
+    other.save(1, {"value": torch.ones(3)})
+    empty = Checkpoints(folder / "empty", checkpoints.runtime)
+    config = TrainConfig(resume=str(folder / "other" / "step_00000001"))
+    with pytest.MonkeyPatch.context() as patch:
+        summed, real = [], checkpoint_module.check_sum
+        patch.setattr(checkpoint_module, "check_sum", lambda file: (summed.append(file.name), real(file))[1])
+        found["resumed"] = fetch(state_to_resume(config, empty, ()))
+        found["summed"] = list(summed)
+        if rank == 1:
+            patch.setattr(
+                checkpoint_module.zipfile, "ZipFile", lambda *_: (_ for _ in ()).throw(OSError("bad"))
+            )
+        with pytest.raises(ValueError, match="bad") as caught:
+            state_to_resume(config, empty, ())
+        found["unreadable"] = str(caught.value)
+    return found
 
 
 def _zero(module: nn.Module) -> None:
@@ -190,6 +230,20 @@ def test_a_full_disk_on_rank_0_is_reported_by_every_rank(two_ranks):
     for found in two_ranks:
         assert "No space left" in found["full"]
         assert found["after"] == found["loaded"]
+
+
+def test_a_failed_export_on_rank_0_is_reported_by_every_rank(two_ranks):
+    assert all("'absent'" in found["export"] for found in two_ranks)
+
+
+def test_what_one_rank_cannot_read_is_reported_by_every_rank(two_ranks):
+    for name in ("unlisted", "unreadable"):
+        assert two_ranks[0][name] == two_ranks[1][name]
+
+
+def test_each_rank_verifies_its_share_of_the_checkpoint_of_another_run(two_ranks):
+    assert [found["summed"] for found in two_ranks] == [["rank_00000.safetensors"], []]
+    assert all(torch.equal(found["resumed"]["value"], torch.ones(3)) for found in two_ranks)
 
 
 def test_an_interval_follows_the_clock_of_rank_0(two_ranks):
@@ -386,6 +440,19 @@ def test_ranks_of_torchrun():
     assert find_ranks(environ) == Ranks(5, 1, 8, 4, "env://")
 
 
+@pytest.mark.parametrize(
+    ("environ", "meeting"),
+    [
+        ({}, "tcp://head:1234"),
+        ({"MASTER_ADDR": "fe80::1"}, "tcp://[fe80::1]:1234"),
+        ({"TORCHELASTIC_USE_AGENT_STORE": "True"}, "env://"),  # there it is torchrun who listens
+    ],
+)
+def test_processes_of_any_launcher_meet_where_we_can_say_who_is_missing(environ, meeting):
+    given = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "head", "MASTER_PORT": "1234"}
+    assert find_ranks(given | environ).meeting == meeting
+
+
 def test_torchrun_inside_srun_wins():
     environ = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     assert find_ranks(SRUN_TASK | environ).world_size == 2
@@ -570,6 +637,51 @@ def test_ranks_that_only_end_at_different_times_are_not_mistaken_for_missing():
     assert [status for status, _ in run_ranks(2, 2, 0.1, "never")] == [0, 0]
 
 
+class Notes(dict):
+    """A store as far as `Watch` uses one."""
+
+    get = dict.__getitem__
+
+    def clone(self) -> "Notes":
+        return self
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value.encode()
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
+
+
+def test_a_run_that_was_suspended_as_a_whole_is_not_mistaken_for_a_hanging_one(monkeypatch):
+    hours, ended = itertools.count(step=3600), []
+    clock = SimpleNamespace(monotonic=lambda: next(hours), sleep=lambda _: None)
+    monkeypatch.setattr(meeting_module, "time", clock)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    watch = Watch(Notes({"host/1": b"n1", "passed/1": b"-1"}), 0, 2, timedelta(seconds=2))
+    time.sleep(0.9)  # it has looked four times
+    watch.close()
+    assert not ended
+
+
+@pytest.mark.parametrize(
+    ("failure", "left"), [(None, 1), (SystemExit(75), 1), (ValueError("mine"), 0), (KeyboardInterrupt(), 0)]
+)
+def test_a_failing_process_does_not_wait_for_the_others_to_leave(monkeypatch, failure, left):
+    """With NCCL it would, while they wait for it."""
+    calls = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: calls.append(1))
+    try:
+        try:
+            if failure:
+                raise failure
+        finally:
+            dataclasses.replace(ALONE, world_size=2).close()
+    except (SystemExit, ValueError, KeyboardInterrupt):
+        pass
+    assert len(calls) == left
+
+
 def test_memory_is_a_plausible_number_of_gib():
     assert 0.01 < ALONE.memory() < 1000
 
@@ -697,6 +809,64 @@ def test_nothing_is_pruned_before_the_new_checkpoint_is_pointed_to(tmp_path, mon
     assert checkpoints.load_latest()["step"] == 1
 
 
+def test_a_checkpoint_has_its_name_on_the_disk_before_it_is_pointed_to(tmp_path, monkeypatch):
+    seen, real = [], os.fsync
+
+    def note(file):
+        if os.path.samestat(os.fstat(file), tmp_path.stat()):
+            seen.append(sorted(path.name for path in tmp_path.iterdir()))
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", note)
+    Checkpoints(tmp_path, ALONE).save(1, {})
+    assert seen == [["step_00000001"], ["latest", "step_00000001"]]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_fail_the_new_one(tmp_path, monkeypatch):
+    """Network file systems keep the folder of files that somebody has open."""
+    checkpoints = Checkpoints(tmp_path, ALONE, keep_newest=1)
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", refuse)
+        for step in (1, 2, 3):
+            checkpoints.save(step, {"value": torch.ones(3)})
+    assert checkpoints.load_latest()["step"] == 3
+    checkpoints.save(4, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000004"]
+
+
+def test_what_a_kill_left_of_an_export_is_removed_by_the_next_save(tmp_path):
+    (tmp_path / ".encoder.pth.12345.tmp").write_bytes(b"half")
+    Checkpoints(tmp_path / "run", ALONE).save(1, {}, {tmp_path / "encoder.pth": lambda state: state})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder.pth", "run"]
+
+
+def test_what_is_written_leaves_memory_before_something_is_exported(tmp_path, monkeypatch):
+    copies, alive, real = [], [], checkpoint_module.write_tensors
+
+    def note(folder, tensors, group):
+        copies.extend(map(weakref.ref, tensors.values()))
+        return real(folder, tensors, group)
+
+    def export(state):
+        alive.extend(copy() is not None for copy in copies)
+        return {}
+
+    monkeypatch.setattr(checkpoint_module, "write_tensors", note)
+    Checkpoints(tmp_path, ALONE).save(1, {"value": torch.ones(3)}, {tmp_path / "export": export})
+    assert alive == [False]
+
+
+def test_no_rank_describes_the_parts_of_all_to_all(tmp_path, monkeypatch):
+    """With hundreds of ranks and thousands of tensors that takes minutes."""
+    name = "torch.distributed.checkpoint.default_planner.create_default_global_save_plan"
+    monkeypatch.setattr(name, lambda *_: pytest.fail("parts of all ranks are compared"))
+    Checkpoints(tmp_path, ALONE).save(1, {"value": torch.ones(3)})
+
+
 def test_going_back_by_the_pointer_never_prunes_the_step_just_saved(tmp_path):
     checkpoints = Checkpoints(tmp_path, ALONE, keep_newest=2)
     for step in (10, 20, 30):
@@ -779,6 +949,68 @@ def test_a_damaged_newest_checkpoint_is_named_and_not_replaced_in_silence(tmp_pa
     with pytest.raises(ValueError, match=r"step_00000020 |no checkpoint at .*step_00000020\.") as caught:
         checkpoints.load_latest()
     assert "go on from step_00000010, write" in str(caught.value)
+
+
+def link_outside(folder: Path, content: dict) -> None:
+    file = folder / content["files"][0][0]
+    file.rename(folder.parent / "secret.safetensors")
+    file.symlink_to(folder.parent / "secret.safetensors")
+
+
+def name_outside(folder: Path, content: dict) -> None:
+    (folder / content["files"][0][0]).rename(folder.parent / "secret.safetensors")
+    content["files"] = [("../secret.safetensors", *content["files"][0][1:])]
+
+
+def overlap(folder: Path, content: dict) -> None:
+    content["chunks"]["model/a"] = torch.tensor([[0, 0, 32], [0, 0, 32]])
+
+
+def ask_for_a_petabyte(folder: Path, content: dict) -> None:
+    content["values"]["model"]["a"] = torch.empty(2**48, device="meta")
+    content["chunks"]["model/a"] = torch.tensor([[0, 0, 2**48]])
+
+
+def give_one_name_twice(folder: Path, content: dict) -> None:
+    tensor = torch.empty(16, device="meta")
+    content["values"] = {"model": {"b": {"c": tensor}, "b/c": tensor}}
+    content["chunks"]["model/b/c"] = torch.tensor([[0, 0, 16]])
+
+
+def name_no_file(folder: Path, content: dict) -> None:
+    content["chunks"]["model/a"] = torch.tensor([[7, 0, 64]])
+
+
+@pytest.mark.parametrize(
+    ("mischief", "message"),
+    [
+        (link_outside, "leads out of"),
+        (name_outside, "leads out of"),
+        (overlap, "model/a are missing or overlap"),
+        (ask_for_a_petabyte, "cannot lie in files of"),
+        (give_one_name_twice, "have one name"),
+        (name_no_file, "model/a are missing or overlap"),
+    ],
+)
+def test_a_checkpoint_of_a_stranger_reads_no_other_file_and_leaves_nothing_unset(tmp_path, mischief, message):
+    Checkpoints(tmp_path, ALONE).save(1, {"model": {"a": torch.ones(64)}})
+    folder = tmp_path / "step_00000001"
+    content = torch.load(folder / "state.pt", weights_only=True)
+    mischief(folder, content)
+    torch.save(content, folder / "state.pt")
+    with pytest.raises(ValueError, match=message):
+        read_file(folder)
+
+
+def test_moments_of_another_shape_are_refused(tmp_path):
+    model = tiny_model()
+    optimizer = make_adamw(model, 1e-2)
+    accumulate(ALONE, model, optimizer, ALONE.make_scaler(), [step_images(0)], squares)
+    state = optimizer.state_dict()
+    state["state"][0]["exp_avg"] = torch.zeros(2)
+    Checkpoints(tmp_path, ALONE).save(1, {"model": model.state_dict(), "optimizer": state})
+    with pytest.raises(ValueError, match=r"optimizer/state/0/exp_avg is \(2,\), expected \(8, 6\)"):
+        restore(model, optimizer, Checkpoints(tmp_path, ALONE).load_latest())
 
 
 def test_the_remedy_for_the_only_checkpoint_is_to_start_again(tmp_path):

@@ -210,6 +210,11 @@ def test_machines_that_cannot_each_hold_a_copy_are_refused(on_one, found):
         make_mesh("cpu", Ranks(0, 0, 6, on_one), "hybrid")
 
 
+def test_ranks_that_alternate_between_machines_are_refused():
+    with pytest.raises(ValueError, match="found rank 1 as number 0 of 2 on its machine"):
+        make_mesh("cpu", Ranks(1, 0, 4, 2), "hybrid")
+
+
 # ------------------------------------------------------------------------------------------------- planning
 
 SMALL = "pixio_vitti16_enc192x12h3_dec128x4h4"
@@ -302,6 +307,12 @@ def test_the_5b_model_on_the_meta_device_is_divided_over_256_ranks_as_planned(pa
         dist.destroy_process_group()
     setting = next(s for s in make_plan(HUGE, gpus=256, batch=1).settings if parallel in s.flags)
     assert setting.weights == pytest.approx(held, rel=0.05)
+
+
+@pytest.mark.parametrize(("gpus", "possible"), [(16, True), (12, False), (8, False)])
+def test_hybrid_sharding_is_planned_where_it_can_run(gpus, possible):
+    flags = [setting.flags for setting in make_plan(SMALL, gpus=gpus, batch=1).settings]
+    assert any("hybrid" in flag for flag in flags) == possible
 
 
 def test_the_plan_of_the_published_5b_run_needs_shards():

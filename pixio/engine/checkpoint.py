@@ -6,7 +6,9 @@ pointed to: whenever the run is killed, the checkpoint named by `latest` is comp
 with copies of the model or with shards, goes on from what any other wrote, each reading only what it needs.
 """
 
+import contextlib
 import errno
+import glob
 import itertools
 import os
 import re
@@ -16,6 +18,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from pixio.engine.runtime import GIB, Runtime
-from pixio.engine.storage import Stored, check_sum, read_tensors, write_tensors
+from pixio.engine.storage import Stored, check_parts, check_sum, file_of, read_tensors, write_tensors
 
 _CHECKPOINT = re.compile(r"step_(\d{8,})(?:-(\d+))?")
 _POINTER, _VALUES = "latest", "state.pt"
@@ -52,12 +55,17 @@ def write_atomic(path: str | os.PathLike, writer: Callable[[BinaryIO], object]) 
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-    if hasattr(os, "O_DIRECTORY"):  # the new name must reach the disk too; systems without this flag cannot
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    _bring_names_to_disk(path.parent)
+
+
+def _bring_names_to_disk(folder: Path) -> None:
+    """A new or changed name must reach the disk too; not every system can do that."""
+    if hasattr(os, "O_DIRECTORY"):
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            os.fsync(folder)
+            os.fsync(opened)
         finally:
-            os.close(folder)
+            os.close(opened)
 
 
 def read_checkpoint(path: str | os.PathLike, verify: slice = slice(None)) -> dict[str, Any]:
@@ -85,17 +93,17 @@ def read_checkpoint(path: str | os.PathLike, verify: slice = slice(None)) -> dic
         content = torch.load(path / _VALUES, map_location="cpu", weights_only=True)
         files, chunks = content["files"], content["chunks"]
         for name, size, crc in files[verify]:
-            if Path(name).name != name:
-                raise ValueError(f"{name!r} is not the plain name of a file")
-            if (found := (path / name).stat().st_size) != size:
+            file = file_of(path, name)
+            if (found := file.stat().st_size) != size:
                 raise ValueError(f"{name} has {found:,} of {size:,} bytes")
-            if check_sum(path / name) != crc:
+            if check_sum(file) != crc:
                 raise ValueError(f"wrong check sum of {name}")
         names = [name for name, _, _ in files]
-        return _map(
-            content["values"],
-            lambda name, tensor: Stored(path, name, tensor.shape, tensor.dtype, names, chunks[name]),
-        )
+
+        def stored(name: str, tensor: Tensor) -> Stored:
+            return check_parts(Stored(path, name, tensor.shape, tensor.dtype, names, chunks[name]))
+
+        return _map(content["values"], stored)
     except Exception as error:  # a damaged file can fail anywhere inside the readers
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is truncated, damaged or not a checkpoint: {reason}") from error
@@ -105,9 +113,18 @@ def fetch(value: Any) -> Any:
     """A part of what `read_checkpoint` returned, with whole tensors, in host memory, for what is `Stored`.
 
     Raises:
-        ValueError: see `read_tensors`.
+        ValueError: see `read_tensors`; or the tensors are larger than their files.
     """
-    targets = []
+    targets, asked, files = [], 0, set()
+
+    def measure(_, stored: Stored) -> None:
+        nonlocal asked
+        asked += prod(stored.shape) * stored.dtype.itemsize
+        files.update((stored.folder, stored.files[number]) for number in stored.chunks[:, 0].tolist())
+
+    _map(value, measure, kind=Stored)
+    if asked > (there := sum(file_of(*file).stat().st_size for file in files)):  # before memory is asked for
+        raise ValueError(f"tensors of {asked:,} bytes cannot lie in files of {there:,} bytes")
 
     def make_room(_, stored: Stored) -> Tensor:
         targets.append((torch.empty(stored.shape, dtype=stored.dtype), stored))
@@ -133,8 +150,12 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[s
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def make_room(parameter: Tensor, stored: Stored) -> Tensor:
-        alike = stored.shape == parameter.shape  # else a count, which the optimiser keeps on the host
-        room = torch.empty_like(parameter) if alike else torch.empty(stored.shape, dtype=stored.dtype)
+        alike = stored.shape == parameter.shape  # else a count of steps, which the optimiser puts into place
+        if not alike and stored.shape:
+            raise ValueError(
+                f"{stored.folder}: {stored.name} is {tuple(stored.shape)}, expected {tuple(parameter.shape)}"
+            )
+        room = torch.empty_like(parameter) if alike else torch.empty((), dtype=stored.dtype)
         targets.append((room, stored))
         return room
 
@@ -149,8 +170,8 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[s
 class Checkpoints:
     """The checkpoints in one folder: `step_00000100`, …, and `latest`, which holds the name of the newest.
 
-    `save`, `wait` and `load_latest` are collective: all ranks call them, all succeed or all raise. What every
-    rank has is written by rank 0.
+    `save`, `wait`, `load` and `load_latest` are collective: all ranks call them, all succeed or all raise.
+    What every rank has is written by rank 0.
 
     Args:
         folder: made when missing; all ranks see it.
@@ -238,21 +259,25 @@ class Checkpoints:
         try:
             self._prepare(aside, size)
             placed = write_tensors(aside, tensors, group)
+            tensors.clear()  # room for what is exported
             if self.runtime.is_main:
                 content = {"values": values, "files": placed.files, "chunks": placed.chunks}
                 write_atomic(aside / _VALUES, partial(torch.save, content))
+                written = read_checkpoint(aside, verify=slice(0))
                 for file, part_of in exports.items():
-                    part = fetch(part_of(read_checkpoint(aside, verify=slice(0))))
-                    write_atomic(file, partial(torch.save, part))
+                    _remove_leftovers(Path(file))
+                    write_atomic(file, partial(torch.save, fetch(part_of(written))))
                 self._publish(aside, step)
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # whatever it is, the other ranks wait to hear of it
             reason = error
             # what torch met first, when it fails again in closing the file
             while reason.__context__ and not reason.__suppress_context__:
                 reason = reason.__context__
+            free = 0.0
+            with contextlib.suppress(OSError):
+                free = shutil.disk_usage(self.folder).free / GIB
             if self.runtime.is_main:
                 shutil.rmtree(aside, ignore_errors=True)
-            free = shutil.disk_usage(self.folder).free / GIB if self.folder.is_dir() else 0.0
             return (
                 f"could not save {self.folder / f'step_{step:08d}'}: {reason} ({size / GIB:.3f} GiB needed, "
                 f"{free:.3f} GiB free). Earlier checkpoints are untouched"
@@ -266,11 +291,14 @@ class Checkpoints:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for leftover in self.folder.glob(".*.tmp"):  # of a process killed while saving
-                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                    if leftover.is_dir():
+                        shutil.rmtree(leftover, ignore_errors=True)  # network file systems keep what is open
+                    else:
+                        leftover.unlink()
                 if shutil.disk_usage(self.folder).free < size:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 aside.mkdir()
-            except OSError as error:
+            except Exception as error:
                 failure = error
         if self.runtime.host_group is not None:
             told = [failure]
@@ -287,6 +315,7 @@ class Checkpoints:
                 break
             path = self.folder / f"step_{step:08d}-{attempt}"
         os.replace(aside, path)
+        _bring_names_to_disk(self.folder)  # before the pointer can be there
         write_atomic(self.folder / _POINTER, lambda file: file.write(path.name.encode() + b"\n"))
 
         # Later ones, if any, belong to a future somebody went back from: they are not ours to judge.
@@ -294,9 +323,27 @@ class Checkpoints:
         for position, (at, other) in enumerate(reversed(past), start=2):
             kept = position <= self.keep_newest or (self.keep_every and at % self.keep_every == 0)
             if at == step or not kept:
-                gone = other.with_name(f".{other.name}.tmp")
-                os.replace(other, gone)
-                shutil.rmtree(gone)
+                # The new one is safe whatever happens here: network file systems keep what somebody reads.
+                with contextlib.suppress(OSError):
+                    gone = other.with_name(f".{other.name}.tmp")
+                    os.replace(other, gone)
+                    shutil.rmtree(gone)
+
+    def load(self, path: str | os.PathLike) -> dict[str, Any]:
+        """What `read_checkpoint` gives for a checkpoint anywhere, of whose files each rank verifies a share.
+
+        Raises:
+            ValueError: on every rank, when it is missing or one has found it damaged.
+        """
+        state = failure = None
+        try:
+            state = read_checkpoint(path, slice(self.runtime.rank, None, self.runtime.world_size))
+        except (OSError, ValueError) as error:
+            failure = str(error)
+        failures = [text for text in self.runtime.gather(failure) if text]
+        if failures:
+            raise ValueError(failures[0])
+        return state
 
     def load_latest(self) -> dict[str, Any] | None:
         """The newest checkpoint as `read_checkpoint` gives it, or None in a folder without any.
@@ -304,29 +351,31 @@ class Checkpoints:
         Raises:
             ValueError: it is missing or damaged; nothing older is loaded instead, the message says how to.
         """
-        name = self.runtime.gather(self._newest() if self.runtime.is_main else None)[0]
+        name = failure = None
+        if self.runtime.is_main:
+            try:
+                name = self._newest()
+            except OSError as error:
+                failure = str(error)
+        name, failure = self.runtime.gather((name, failure))[0]
+        if failure:
+            raise ValueError(f"{self.folder} cannot be read: {failure}")
         if name is None:
             return None
         pointer = self.folder / _POINTER
         match = _CHECKPOINT.fullmatch(name)
         if not match:
             raise ValueError(f"{pointer} holds {name[:80]!r}, which is not the name of a checkpoint")
-        state = failure = None
         try:
-            share = slice(self.runtime.rank, None, self.runtime.world_size)
-            state = read_checkpoint(self.folder / name, verify=share)
-        except (OSError, ValueError) as error:
-            failure = str(error)
-        failures = [text for text in self.runtime.gather(failure) if text]
-        if failures:
+            return self.load(self.folder / name)
+        except ValueError as error:
             older = [path.name for step, _, path in self._saved() if step < int(match[1])]
             remedy = (
                 f"To go on from {older[-1]}, write that name into {pointer}"
                 if older
                 else f"There is no older one: to start again, empty {self.folder}"
             )
-            raise ValueError(f"{failures[0]}. {remedy}")
-        return state
+            raise ValueError(f"{error}. {remedy}") from error
 
     def _saved(self) -> list[tuple[int, int, Path]]:
         """All complete checkpoints, in order: step, attempt at this step, folder."""
@@ -337,9 +386,15 @@ class Checkpoints:
         """The name pointed to; without a pointer (killed before its first) the newest, which is complete."""
         pointer = self.folder / _POINTER
         if pointer.is_file():
-            return pointer.read_text().strip()
+            return pointer.read_text(errors="replace").strip()
         saved = self._saved()
         return saved[-1][2].name if saved else None
+
+
+def _remove_leftovers(file: Path) -> None:
+    """Remove what processes that were killed in `write_atomic` have left beside `file`."""
+    for leftover in file.parent.glob(f".{glob.escape(file.name)}.*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 class Interval:

@@ -96,14 +96,15 @@ class Watch:
 
     def _run(self) -> None:
         pause = min(10.0, self._timeout.total_seconds() / 10)
-        seen, since = -1, time.monotonic()
+        seen, looks = -1, 0  # counted, not timed: while a whole run is suspended nobody waits
         try:
             while not self._over.wait(pause):
                 passed = self.passed
+                looks += 1
                 if passed != seen:
                     self._store.set(f"passed/{self._rank}", str(passed))
-                    seen, since = passed, time.monotonic()
-                waited = time.monotonic() - since > self._timeout.total_seconds()
+                    seen, looks = passed, 0
+                waited = looks * pause > self._timeout.total_seconds()
                 if waited and (missing := self._behind(passed)):
                     self._store.set("verdict", self._verdict(missing))
                 if self._store.check(["verdict"]):

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pixio.engine.checkpoint import Checkpoints, Interval, read_checkpoint, write_atomic
+from pixio.engine.checkpoint import Checkpoints, Interval, write_atomic
 from pixio.engine.config import option, save_config
 from pixio.engine.logs import Log
 from pixio.engine.runtime import Runtime, start_runtime
@@ -218,7 +218,7 @@ def state_to_resume(
     """
     state, where, remedy = checkpoints.load_latest(), f"{config.output_dir} holds", "--output_dir"
     if state is None and config.resume:
-        state, where, remedy = read_checkpoint(config.resume), f"{config.resume} is of", "--resume"
+        state, where, remedy = checkpoints.load(config.resume), f"{config.resume} is of", "--resume"
     for key in keys if state else ():
         saved = state.get("config") or {}
         if key not in saved:

@@ -194,11 +194,17 @@ class Runtime:
         return peak / GIB if sys.platform == "darwin" else peak * 1024 / GIB  # bytes there, KiB on Linux
 
     def close(self) -> None:
-        """Leave the process group, if this run has one."""
+        """Leave the process group, if this run has one.
+
+        A process that is failing does not wait for the others, as NCCL would: they may be waiting for it, and
+        what went wrong would never be said.
+        """
         if self.watch is not None:
             self.watch.close()
         if self.world_size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+            failure = sys.exc_info()[1]
+            if failure is None or isinstance(failure, SystemExit):  # the latter is raised by all ranks
+                dist.destroy_process_group()
             # A gloo thread drops the last tensor a moment after its collective returned, and needs the
             # interpreter for that: one that is already shutting down would abort the process.
             time.sleep(0.1)
@@ -300,7 +306,8 @@ def make_mesh(kind: str, ranks: "Ranks", parallel: str, timeout: timedelta | Non
         timeout: of the exchanges within and between machines; those of all ranks have their own.
 
     Raises:
-        ValueError: hybrid sharding over machines that run different numbers of processes.
+        ValueError: hybrid sharding over machines that run different numbers of processes, or whose processes
+            are not numbered one machine after another.
     """
     if parallel == "fsdp":
         return init_device_mesh(kind, (ranks.world_size,), mesh_dim_names=("shard",))
@@ -309,6 +316,11 @@ def make_mesh(kind: str, ranks: "Ranks", parallel: str, timeout: timedelta | Non
         raise ValueError(
             "--parallel hybrid needs the same number of processes on each machine, found "
             f"{ranks.world_size} in all and {here} on one: choose fsdp"
+        )
+    if ranks.rank % ranks.local_world_size != ranks.local_rank:
+        raise ValueError(
+            f"--parallel hybrid needs ranks numbered machine by machine, found rank {ranks.rank} as number "
+            f"{ranks.local_rank} of {ranks.local_world_size} on its machine: start with --distribution=block"
         )
     machines = torch.arange(ranks.world_size).view(-1, ranks.local_world_size)
     groups = [
@@ -350,7 +362,7 @@ def find_ranks(
             local_rank=int(environ.get("LOCAL_RANK", 0)),
             world_size=size,
             local_world_size=int(environ.get("LOCAL_WORLD_SIZE", 0)),
-            meeting=dist_url or "env://",
+            meeting=dist_url or _meeting_of(environ),
         )
     elif asked:
         if local_rank is None or local_rank < 0:
@@ -362,7 +374,7 @@ def find_ranks(
             raise ValueError(
                 f"--world_size {asked} needs a meeting place, the same for all: --dist_url tcp://127.0.0.1:29500"
             )
-        ranks = Ranks(local_rank, local_rank, asked, asked, dist_url or "env://")
+        ranks = Ranks(local_rank, local_rank, asked, asked, dist_url or _meeting_of(environ))
     elif int(environ.get("SUBMITIT_LOCAL_NTASKS", 1)) > 1:
         rank, size = int(environ["SUBMITIT_LOCAL_GLOBALID"]), int(environ["SUBMITIT_LOCAL_NTASKS"])
         port = _port(int(environ["SUBMITIT_LOCAL_JOB_ID"]))
@@ -387,6 +399,14 @@ def find_ranks(
             f"rank {ranks.rank} does not exist: {ranks.world_size} processes are numbered from 0"
         )
     return ranks
+
+
+def _meeting_of(environ: Mapping[str, str]) -> str:
+    """Where MASTER_ADDR and MASTER_PORT say; torchrun may hold there itself what the ranks share."""
+    address, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
+    if not address or not port or environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return "env://"
+    return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
 
 
 def _slurm_ranks(environ: Mapping[str, str], dist_url: str | None) -> Ranks:

@@ -89,7 +89,8 @@ def compute_gradients(
 ) -> Gradients:
     """Leave the mean gradient over `micro_batches` and ranks in the parameters; nothing else changes.
 
-    The ranks exchange gradients with the last micro batch only, and nothing waits for the device.
+    Ranks with copies exchange gradients with the last micro batch only; those with shards, which have no room
+    for whole gradients, with each. Nothing waits for the device.
 
     Args:
         model: what `runtime.wrap` returned.

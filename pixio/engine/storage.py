@@ -9,7 +9,6 @@ import os
 import warnings
 import zlib
 from collections.abc import Iterable, Mapping
-from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
+    MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -63,13 +63,14 @@ def write_tensors(
 
     Args:
         folder: exists.
-        tensors: in host memory, shards too; names are the same on all ranks that hold a shard.
+        tensors: in host memory, shards too; names are the same on all ranks that hold a shard, and what two
+            ranks hold alike is given on one of them.
 
     Raises:
         OSError: on every rank, when one could not write.
     """
     writer = _Writer(folder)
-    planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         dcp.save(
             dict(tensors),
@@ -90,12 +91,14 @@ def read_tensors(targets: Iterable[tuple[Tensor, Stored]]) -> None:
         targets: of one folder; a tensor's shape is the stored one's.
 
     Raises:
-        ValueError: a file is missing or damaged, or a shape is another.
+        ValueError: a file is missing or damaged or leads out of the folder, or a shape is another.
     """
     targets = list(targets)
     if not targets:
         return
     folder = targets[0][1].folder
+    if len({stored.name for _, stored in targets}) < len(targets):
+        raise ValueError(f"{folder} cannot be read: two of its tensors have one name")
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         dcp.load(
@@ -117,19 +120,72 @@ def check_sum(path: Path) -> int:
     return crc
 
 
+def file_of(folder: Path, name: str) -> Path:
+    """A file of a folder that may come from anywhere.
+
+    Raises:
+        ValueError: it leads out of the folder, or is not a plain file there.
+    """
+    path = folder / name
+    if Path(name).name != name or path.resolve().parent != folder.resolve():
+        raise ValueError(f"{name!r} leads out of {folder}")
+    if not path.is_file():
+        raise ValueError(f"{name} is missing")
+    return path
+
+
+def check_parts(stored: Stored) -> Stored:
+    """`stored`, whose parts are whole rows and make up the tensor: each number once, none left unset.
+
+    Raises:
+        ValueError: they do not.
+    """
+    dimensions, rows = len(stored.shape), stored.chunks
+    shape = [*stored.shape] or [1]
+    if rows.dtype != torch.int64 or rows.shape[1:] != (1 + 2 * dimensions,):
+        raise ValueError(f"{stored.name} has no table of parts")
+    end = 0
+    for number, *corner in sorted(rows.tolist(), key=lambda row: row[1:]):
+        offsets, sizes = corner[:dimensions] or [0], corner[dimensions:] or [1]
+        expected = ([end, *[0] * (len(shape) - 1)], [sizes[0], *shape[1:]])
+        if (offsets, sizes) != expected or sizes[0] < 0 or not 0 <= number < len(stored.files):
+            raise ValueError(f"parts of {stored.name} are missing or overlap")
+        end += sizes[0]
+    if end != shape[0]:
+        raise ValueError(f"parts of {stored.name} are missing: {end} of {shape[0]} rows are there")
+    return stored
+
+
 def _first_failure(error: CheckpointException) -> str:
     reason = next(iter(error.failures.values()))[0]
     return (str(reason) or type(reason).__name__).splitlines()[0]
 
 
 class _Written(NamedTuple):
-    """Where a part was written: what a rank tells the first about it."""
+    """What a rank tells the first about its file; of each tensor's part there the offsets and sizes."""
 
     file: str
     bytes: int
     crc: int
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
+    parts: dict[str, list[int]]
+
+
+class _Planner(dcp.DefaultSavePlanner):
+    """Lets each rank write all that it was given.
+
+    torch would gather, compare and send back descriptions of all parts of all tensors, for which Python takes
+    minutes with hundreds of ranks that hold shards of large models.
+    """
+
+    def create_local_plan(self) -> dcp.SavePlan:
+        self._own = super().create_local_plan().items
+        return dcp.SavePlan([])
+
+    def create_global_plan(self, all_plans: list[dcp.SavePlan]) -> tuple[list[dcp.SavePlan], Metadata]:
+        return all_plans, Metadata({})
+
+    def finish_plan(self, new_plan: dcp.SavePlan) -> dcp.SavePlan:
+        return super().finish_plan(dataclasses.replace(new_plan, items=self._own))
 
 
 class _Writer(dcp.StorageWriter):
@@ -156,44 +212,44 @@ class _Writer(dcp.StorageWriter):
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
         from safetensors.torch import save_file  # here, so that only who saves needs it
 
-        tensors = {item.index.fqn: planner.resolve_data(item).contiguous() for item in plan.items}
+        tensors, parts = {}, {}
+        for item in plan.items:
+            chunk = item.tensor_data.chunk
+            if 0 in item.tensor_data.size or 0 not in chunk.sizes:  # of few rows not every rank has one
+                tensors[item.index.fqn] = planner.resolve_data(item).contiguous()
+                parts[item.index.fqn] = [*chunk.offsets, *chunk.sizes]
         results = []
         if tensors:
             path = self.folder / f"rank_{plan.storage_data:05d}.safetensors"
             save_file(tensors, path)
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
-            size, crc = path.stat().st_size, check_sum(path)
-            for item in plan.items:
-                chunk = item.tensor_data.chunk
-                written = _Written(path.name, size, crc, tuple(chunk.offsets), tuple(chunk.sizes))
-                results.append(WriteResult(item.index, item.tensor_storage_size(), written))
+            written = _Written(path.name, path.stat().st_size, check_sum(path), parts)
+            results.append(WriteResult(MetadataIndex(path.name), written.bytes, written))
         future = Future()
         future.set_result(results)
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        written = [(result.index.fqn, result.storage_data) for rank in results for result in rank]
-        files = sorted({(part.file, part.bytes, part.crc) for _, part in written})
-        numbers = {name: number for number, (name, _, _) in enumerate(files)}
-        chunks = {}
-        for name, part in written:
-            chunks.setdefault(name, []).append([numbers[part.file], *part.offsets, *part.sizes])
+        written = [result.storage_data for rank in results for result in rank]
+        chunks: dict[str, list[list[int]]] = {}
+        for number, file in enumerate(written):
+            for name, part in file.parts.items():
+                chunks.setdefault(name, []).append([number, *part])
+        files = [(file.file, file.bytes, file.crc) for file in written]
         self.placed = Placed(files, {name: torch.tensor(rows) for name, rows in chunks.items()})
 
 
 class _Reader(dcp.StorageReader):
     def __init__(self, tensors: list[Stored]) -> None:
-        self.files = {}  # of each part, by the tensor's name and the part's offsets
+        self.files = {}  # folder and name, of each part: by the tensor's name and the part's offsets
         described = {}
         for stored in tensors:
             chunks = []
             for number, *corner in stored.chunks.tolist():
                 offsets, sizes = corner[: len(stored.shape)], corner[len(stored.shape) :]
                 chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
-                self.files[stored.name, tuple(offsets)] = stored.folder / stored.files[number]
-            if sum(prod(chunk.sizes) for chunk in chunks) != prod(stored.shape):
-                raise ValueError(f"{stored.folder}: parts of {stored.name} are missing")
+                self.files[stored.name, tuple(offsets)] = stored.folder, stored.files[number]
             described[stored.name] = TensorStorageMetadata(
                 TensorProperties(dtype=stored.dtype), stored.shape, chunks
             )
@@ -227,7 +283,8 @@ class _Reader(dcp.StorageReader):
         for item in plan.items:
             file = self.files[item.storage_index.fqn, tuple(item.storage_index.offset)]
             per_file.setdefault(file, []).append(item)
-        for file, items in per_file.items():
+        for place, items in per_file.items():
+            file = file_of(*place)
             with safe_open(file, framework="pt") as tensors:
                 for item in items:
                     part = tensors.get_tensor(item.storage_index.fqn)  # mapped: only what is taken is read
