@@ -917,6 +917,25 @@ def test_optimizer_and_model_state_come_back_equal(tmp_path):
     assert equal(weights(model), weights(other))
 
 
+def test_a_resumed_optimizer_keeps_the_settings_of_its_run(tmp_path):
+    model = tiny_model()
+    optimizer = make_adamw(model, 1e-2, weight_decay=0.1)
+    accumulate(ALONE, model, optimizer, ALONE.make_scaler(), [step_images(0)], squares)
+    Checkpoints(tmp_path, ALONE).save(1, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    resumed = make_adamw(model, 1e-2, weight_decay=0.3)
+    restore(model, resumed, Checkpoints(tmp_path, ALONE).load_latest())
+    assert {group["weight_decay"] for group in resumed.param_groups} == {0, 0.3}
+    assert all(state["step"] == 1 for state in resumed.state.values())
+
+
+def test_an_optimizer_of_other_groups_is_refused(tmp_path):
+    model = tiny_model()
+    one = torch.optim.AdamW(model.parameters(), 1e-2)
+    Checkpoints(tmp_path, ALONE).save(1, {"model": model.state_dict(), "optimizer": one.state_dict()})
+    with pytest.raises(ValueError, match="groups of 6 parameters, expected "):
+        restore(model, make_adamw(model, 1e-2), Checkpoints(tmp_path, ALONE).load_latest())
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-200])
 

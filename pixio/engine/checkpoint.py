@@ -138,6 +138,8 @@ def fetch(value: Any) -> Any:
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
     """Load "model" and "optimizer" of a checkpoint in place; of what is in shards each rank reads its own.
 
+    Of the optimiser what it has gathered, not its settings: those are this run's.
+
     Raises:
         ValueError: the checkpoint is of another model, or cannot be read.
     """
@@ -145,6 +147,12 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[s
     if different := tensors.keys() ^ saved["model"].keys():
         raise ValueError(
             f"the checkpoint is of another model: only one of them has {', '.join(sorted(different)[:4])}"
+        )
+    groups = optimizer.state_dict()["param_groups"]
+    if (before := [g["params"] for g in saved["optimizer"]["param_groups"]]) != [g["params"] for g in groups]:
+        raise ValueError(
+            f"the checkpoint's optimiser has groups of {', '.join(str(len(group)) for group in before)} "
+            f"parameters, expected {', '.join(str(len(group['params'])) for group in groups)}"
         )
     targets = [(tensors[name], stored) for name, stored in saved["model"].items()]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -164,7 +172,7 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[s
         for index, values in saved["optimizer"]["state"].items()
     }
     read_tensors(targets)
-    optimizer.load_state_dict({**saved["optimizer"], "state": moments})
+    optimizer.load_state_dict({"param_groups": groups, "state": moments})
 
 
 class Checkpoints:

@@ -92,7 +92,7 @@ class Watch:
     def close(self) -> None:
         """Stop watching."""
         self._over.set()
-        self._thread.join()
+        self._thread.join(timeout=10)  # it may be asking a machine that has gone
 
     def _run(self) -> None:
         pause = min(10.0, self._timeout.total_seconds() / 10)
