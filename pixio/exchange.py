@@ -157,9 +157,9 @@ def _write_tensors(state: State, path: Path, safe: bool) -> None:
         for key, value in state.items()
     }
     if safe:
-        from safetensors.torch import save_file  # here, so that torch alone is enough for the rest
+        from pixio.engine.storage import write_safetensors  # here, so that light uses stay light
 
-        save_file(state, path, metadata={"format": "pt"})
+        write_safetensors(state, path, {"format": "pt"})
     else:
         torch.save(state, path)
 

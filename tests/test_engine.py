@@ -708,7 +708,7 @@ def child(folder, act):
     return os.waitpid(pid, 0)[1]
 
 def while_writing(checkpoints):
-    def save_file(tensors, path):
+    def save_file(tensors, path, **_):
         Path(path).write_bytes(b"half")
         die()
     safetensors.torch.save_file = save_file
@@ -902,6 +902,21 @@ def test_a_checkpoint_without_a_pointer_is_found(tmp_path):
     assert checkpoints.load_latest()["step"] == 7
 
 
+def test_whoever_may_read_new_files_may_read_a_checkpoint(tmp_path):
+    Checkpoints(tmp_path / "run", ALONE).save(1, {"value": torch.ones(3)})
+    (tmp_path / "new").touch()
+    modes = {file.stat().st_mode for file in (tmp_path / "run/step_00000001").iterdir()}
+    assert modes == {(tmp_path / "new").stat().st_mode}
+
+
+@pytest.mark.parametrize("name", ["encoder.pth", "checkpoints"])
+def test_what_is_no_checkpoint_is_told_what_one_is(tmp_path, name):
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({}, tmp_path / "encoder.pth")
+    with pytest.raises(ValueError, match=rf"{name} .*holds no state\.pt; a checkpoint is a folder"):
+        read_checkpoint(tmp_path / name)
+
+
 def test_optimizer_and_model_state_come_back_equal(tmp_path):
     model = tiny_model()
     optimizer = make_adamw(model, 1e-2)
@@ -1070,7 +1085,9 @@ def test_a_full_disk_is_reported_before_anything_is_written(tmp_path, monkeypatc
     checkpoints = Checkpoints(tmp_path, ALONE)
     checkpoints.save(1, {})
     monkeypatch.setattr(shutil, "disk_usage", full_disk)
-    monkeypatch.setattr(safetensors.torch, "save_file", lambda *_: pytest.fail("nothing may be written"))
+    monkeypatch.setattr(
+        safetensors.torch, "save_file", lambda *_, **__: pytest.fail("nothing may be written")
+    )
     with pytest.raises(OSError, match=r"No space left on device \(0\.250 GiB needed, 0\.000 GiB free\)"):
         checkpoints.save(2, {"value": torch.empty(2**26)})
     assert checkpoints.load_latest()["step"] == 1

@@ -155,7 +155,8 @@ def write_tree(
     for split, count, capacity in zip(_SPLITS, (train, val), LAYOUTS[layout].capacity, strict=True):
         if count > capacity:
             raise ValueError(
-                f"layout {layout} holds at most {capacity} {split} images, {count} were asked for"
+                f"layout {layout} holds at most {capacity} {split} images, {count} were asked for: "
+                f"give --{split} {capacity}"
             )
     root = Path(root)
     rules = LAYOUTS[layout]

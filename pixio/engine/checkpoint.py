@@ -86,6 +86,8 @@ def read_checkpoint(path: str | os.PathLike, verify: slice = slice(None)) -> dic
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
+        if not (path / _VALUES).is_file():
+            raise ValueError(f"it holds no {_VALUES}; a checkpoint is a folder checkpoints/step_… of a run")
         with zipfile.ZipFile(path / _VALUES) as archive:
             damaged = archive.testzip()
         if damaged:

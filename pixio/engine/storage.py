@@ -111,6 +111,24 @@ def read_tensors(targets: Iterable[tuple[Tensor, Stored]]) -> None:
         raise ValueError(f"{folder} cannot be read: {_first_failure(error)}") from error
 
 
+def write_safetensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file with the permissions of any new file; the library would keep it private.
+
+    Args:
+        tensors: contiguous, in host memory, none a part of another.
+        path: the file to make or replace.
+        metadata: text in its header.
+    """
+    from safetensors.torch import save_file  # here, so that only who writes needs it
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
+
+
 def check_sum(path: Path) -> int:
     """CRC-32 of a file."""
     crc = 0
@@ -210,8 +228,6 @@ class _Writer(dcp.StorageWriter):
         return [dataclasses.replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
-        from safetensors.torch import save_file  # here, so that only who saves needs it
-
         tensors, parts = {}, {}
         for item in plan.items:
             chunk = item.tensor_data.chunk
@@ -221,7 +237,7 @@ class _Writer(dcp.StorageWriter):
         results = []
         if tensors:
             path = self.folder / f"rank_{plan.storage_data:05d}.safetensors"
-            save_file(tensors, path)
+            write_safetensors(tensors, path)
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
             written = _Written(path.name, path.stat().st_size, check_sum(path), parts)
