@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pixio
-from pixio.data import normalise
-from pixio.data.scenes import CLASS_NAMES, LABEL_NAMES, render
-from pixio.engine.checkpoint import write_atomic
-from pixio.mae import patchify
+from pixio.files import write_atomic
+from pixio.images.normalization import normalize
+from pixio.models.mae import patchify
+from pixio.synthetic.scenes import CLASS_NAMES, LABEL_NAMES, render
 
 OUT = Path("runs/demo")
 SIZE, PATCH = 128, 16
@@ -178,14 +178,14 @@ def load(seeds: range) -> dict[str, Tensor]:
 
 def raw_features(images: Tensor) -> tuple[Tensor, Tensor]:
     """Pixels of each patch [B, N, D], and a small copy of the image [B, D'] for k-NN."""
-    pixels = normalise(images)
+    pixels = normalize(images)
     return patchify(pixels, PATCH), F.interpolate(pixels, size=32, mode="area").flatten(1)
 
 
 @torch.inference_mode()
 def encoder_features(encoder: pixio.PixioViT, images: Tensor) -> tuple[Tensor, Tensor]:
     """Final patch tokens [B, N, D], and the mean class token [B, D] before the norm for k-NN."""
-    outputs = [encoder.eval()(normalise(chunk), block_ids=[-1])[0] for chunk in images.split(100)]
+    outputs = [encoder.eval()(normalize(chunk), block_ids=[-1])[0] for chunk in images.split(100)]
     tokens = torch.cat([output["patch_tokens_norm"] for output in outputs])
     return tokens, torch.cat([output["cls_tokens"].mean(dim=1) for output in outputs])
 

@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from pixio.data.scenes import render
-from pixio.masking import block_mask
+from pixio.models.masking import block_mask
+from pixio.synthetic.scenes import render
 
 INK, QUIET, CHANGED = "#22303c", "#a3afb9", "#c8324a"
 ENCODER, DECODER = "#2e6f95", "#e09f3e"

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pixio.data.scenes import render
+from pixio.synthetic.scenes import render
 
 ROOT = Path(__file__).resolve().parents[1] / "pretraining"
 SIDE, PER_TAR = 96, 300

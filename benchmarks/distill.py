@@ -22,7 +22,7 @@ import torch
 
 import pixio
 from pixio.data import Loader
-from pixio.data.scene_trees import write_tree
+from pixio.synthetic.trees import write_tree
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distillation"))
 import main_distill

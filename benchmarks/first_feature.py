@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import pixio
-from pixio.exchange import convert
+from pixio.weights.export import convert
 
 STAGES = ("import", "load", "forward", "total")  # total counts the start of the interpreter too
 SIDES = {

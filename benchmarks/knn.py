@@ -15,17 +15,14 @@ no slower than faiss, which is left out where it is not installed.
 import argparse
 import importlib.util
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "evaluation"))
-from knn import Nearest, count_correct
+from pixio.features.knn import Nearest, count_correct
 
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07

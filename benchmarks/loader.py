@@ -5,7 +5,7 @@
 
 The plain path is what a short script does: webdataset, Pillow, torchvision's RandomResizedCrop (bicubic),
 ToTensor, Normalize, default collation. It ends in float32 batches; ours ends in uint8 batches, which the
-device normalises, at next to no cost on a GPU. Both read 256-pixel crops in this process, and processor time
+device normalizes, at next to no cost on a GPU. Both read 256-pixel crops in this process, and processor time
 is counted, so that other work on the machine does not disturb the ratio. Decoding whole images alone, the
 floor of a loader without partial decoding, is printed beside.
 """
@@ -27,7 +27,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from pixio.data import IMAGENET_MEAN, IMAGENET_STD, Loader, open_stream
+from pixio.data import Loader, open_stream
+from pixio.images.normalization import IMAGENET_MEAN, IMAGENET_STD
 
 # width, height in pixels; images; ratio to reach
 SIZES = ((500, 375, 192, 3.0), (1024, 768, 96, 3.0), (2048, 1536, 48, 5.0))

@@ -7,23 +7,18 @@ the median times, the median of the ratios and the largest difference between th
 """
 
 import statistics
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "evaluation"))
-
-from frozen import FrozenEncoder
-from heads import head_blocks, make_head
-from sliding import slide
-
-from pixio.adaptors import depth_of, load_encoder
+from pixio.dense.frozen import FrozenEncoder
+from pixio.dense.heads import head_blocks, make_head
+from pixio.dense.sliding import slide
 from pixio.engine.config import option, parse
 from pixio.engine.runtime import start_runtime
+from pixio.models.external import depth_of, load_encoder
 
 
 @dataclass(frozen=True)

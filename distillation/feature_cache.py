@@ -27,10 +27,13 @@ from teachers import teacher_tokens
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pixio.data import DamagedDataError, Stream, decode, normalise, resize_centre_crop
+from pixio.data import Stream
 from pixio.data.shards import SceneShard, Shard, generator
-from pixio.engine.checkpoint import write_atomic
 from pixio.engine.runtime import GIB, Runtime
+from pixio.files import write_atomic
+from pixio.images.crops import resize_center_crop
+from pixio.images.decoding import DamagedDataError, decode
+from pixio.images.normalization import normalize
 
 NEWS_SECONDS = 60.0  # between signs of life of the rank that writes: no collective may take hours
 
@@ -220,7 +223,7 @@ def _write(
         while batch := list(islice(crops, stream.batch_size)):
             images = torch.stack(batch)  # [B, 3, S, S]
             with runtime.autocast():
-                targets = teacher_tokens(teacher, normalise(images.to(runtime.device)), grid)
+                targets = teacher_tokens(teacher, normalize(images.to(runtime.device)), grid)
             tokens = torch.cat(targets, dim=1).bfloat16().cpu()  # [B, C + N, D]
             images_file.write(images.numpy())
             tokens_file.write(tokens.contiguous().view(torch.uint8).numpy())
@@ -242,7 +245,7 @@ def _central_crops(stream: Stream, failed: list[str]) -> Iterator[Tensor]:
             with shard.open(0) as source:
                 for entry in source.entries:
                     try:
-                        crop = resize_centre_crop(decode(source.read(entry)), stream.size, stream.size)
+                        crop = resize_center_crop(decode(source.read(entry)), stream.size, stream.size)
                     except (DamagedDataError, OSError) as error:
                         failed.append(f"{shard.name}: {entry.key!r}: {error}")
                         continue

@@ -18,17 +18,20 @@ from typing import Literal
 
 import torch
 from feature_cache import CachedBatches, open_cache
-from students import Batch, Learner, Lesson, Student, exports_of, figures_of
+from students import Batch, Objective, Student, StudentTrainer, exports_of, figures_of
 from teachers import check_same_teacher, check_teacher, load_teacher, teacher_tokens
 from token_losses import Tokens
 from torch import Tensor
 
 import pixio
-from pixio.data import DataError, Loader, normalise, open_stream
+from pixio.data import DataError, Loader, open_stream
 from pixio.engine.checkpoint import Checkpoints, Interval
 from pixio.engine.config import option, parse
 from pixio.engine.optim import set_lr
-from pixio.engine.recipe import (
+from pixio.engine.runtime import Runtime
+from pixio.engine.signals import Stopped
+from pixio.engine.step import NonFiniteLoss, apply_gradients, compute_gradients
+from pixio.engine.training import (
     TrainConfig,
     is_finished,
     run_program,
@@ -37,9 +40,7 @@ from pixio.engine.recipe import (
     start_log,
     state_to_resume,
 )
-from pixio.engine.runtime import Runtime
-from pixio.engine.signals import Stopped
-from pixio.engine.step import NonFiniteLoss, apply_gradients, compute_gradients
+from pixio.images.normalization import normalize
 
 
 # ---------------------------------------------------------------------------------------------- configuration
@@ -113,7 +114,7 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
     n_cls_tokens = config.n_cls_tokens or teacher.n_cls_tokens or 8
     compared = n_cls_tokens if config.loss_fn_cls != "none" else 0
 
-    # ---- students, each with its own optimiser, schedule, depth and masks
+    # ---- students, each with its own optimizer, schedule, depth and masks
     learners = []
     losses = {key: getattr(config, key) for key in ("loss_fn_cls", "loss_fn_patch", "loss_fuse")}
     for i, name in enumerate(config.student_models):
@@ -123,10 +124,10 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
             name, img_size=config.input_size, n_cls_tokens=n_cls_tokens, drop_path=drop_path
         )
         check_teacher(teacher, config.input_size, encoder.patch_size, compared, config.resize_teacher)
-        lesson = Lesson(encoder.grid, config.of(i, "mask_ratio"), config.mask_grid, losses)
+        lesson = Objective(encoder.grid, config.of(i, "mask_ratio"), config.mask_grid, losses)
         student, peak_lr = Student(encoder, teacher.embed_dim), config.peak_lr(runtime.world_size, i)
         options = (config.weight_decay, config.compile, config.grad_checkpointing)
-        learners.append(Learner(name, student, lesson, peak_lr, runtime, *options))
+        learners.append(StudentTrainer(name, student, lesson, peak_lr, runtime, *options))
         if state:
             learners[-1].load_state_dict(state["students"][name])
 
@@ -143,7 +144,7 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
 
     def prepare(batch: dict[str, Tensor]) -> Batch:
         """What all students share: pixels, the teacher's tokens, and one mask if they are to share it."""
-        pixels, noise = normalise(batch["images"].to(runtime.device, non_blocking=True)), None
+        pixels, noise = normalize(batch["images"].to(runtime.device, non_blocking=True)), None
         if config.feature_cache:
             targets = Tokens.split(batch["tokens"].to(runtime.device).float(), teacher.n_cls_tokens)
         else:

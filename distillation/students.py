@@ -13,13 +13,13 @@ import torch
 from token_losses import Tokens, token_loss
 from torch import Tensor, nn
 
-from pixio.encoder import PixioViT
 from pixio.engine.checkpoint import restore
 from pixio.engine.optim import make_adamw
 from pixio.engine.runtime import Runtime
 from pixio.engine.step import StepResult
-from pixio.layers import init_weights
-from pixio.masking import block_mask, cell_grid, count_kept, split_patches
+from pixio.models.encoder import PixioViT
+from pixio.models.layers import init_weights
+from pixio.models.masking import block_mask, cell_grid, count_kept, split_patches
 
 
 class Student(nn.Module):
@@ -44,7 +44,7 @@ class Student(nn.Module):
         """What the student says about `images`, or about their patches `keep`.
 
         Args:
-            images: float [B, 3, H, W], normalised.
+            images: float [B, 3, H, W], normalized.
             keep: int64 [B, V]; None means all.
 
         Returns:
@@ -68,7 +68,7 @@ class Student(nn.Module):
 class Batch(NamedTuple):
     """What all students of a run share of a micro batch.
 
-    images: float [B, 3, H, W], normalised. targets: the teacher's tokens for the whole images.
+    images: float [B, 3, H, W], normalized. targets: the teacher's tokens for the whole images.
     noise: [B, cells], draws the masks of all students; None lets each draw its own.
     """
 
@@ -78,7 +78,7 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Objective:
     """What is asked of one student; `lesson(model, batch)` is its loss.
 
     Attributes:
@@ -124,7 +124,7 @@ class Lesson:
         return token_loss(model(images, keep), visible, **self.losses)
 
 
-class Learner:
+class StudentTrainer:
     """One student of a run, what it is asked, and all that trains it.
 
     Args:
@@ -133,7 +133,7 @@ class Learner:
         lesson: its loss.
         peak_lr: top of its schedule.
         runtime: the ranks.
-        weight_decay: of its optimiser.
+        weight_decay: of its optimizer.
         compiled: compile it.
         recompute: activations, see `Runtime.wrap`.
     """
@@ -142,7 +142,7 @@ class Learner:
         self,
         name: str,
         student: Student,
-        lesson: Lesson,
+        lesson: Objective,
         peak_lr: float,
         runtime: Runtime,
         weight_decay: float,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from token_losses import Tokens
 from torch import Tensor, nn
 
-from pixio.adaptors import fingerprint, load_encoder
+from pixio.models.external import fingerprint, load_encoder
 
 
 def load_teacher(name: str, pretrained: str | None, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -30,7 +30,7 @@ def load_teacher(name: str, pretrained: str | None, device: torch.device, dtype:
         The encoder; its attribute `fingerprint` tells its weights from others, whatever `dtype` is.
 
     Raises:
-        FileNotFoundError, ValueError: see `pixio.adaptors.load_encoder`; and a teacher without weights.
+        FileNotFoundError, ValueError: see `pixio.models.external`; and a teacher without weights.
     """
     if pretrained is None and not name.startswith("hf/"):
         raise ValueError(f"--teacher_pretrained is missing: with random weights {name} has nothing to teach")
@@ -97,7 +97,7 @@ def teacher_tokens(teacher: nn.Module, images: Tensor, grid: tuple[int, int]) ->
 
     Args:
         teacher: from `load_teacher`.
-        images: float [B, 3, H, W], normalised.
+        images: float [B, 3, H, W], normalized.
         grid: of the students; a teacher's map on another grid is resized to it (bilinear, antialiased).
 
     Returns:

@@ -15,23 +15,24 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
 import torch
-from frozen import FrozenEncoder
-from heads import KINDS, head_blocks, make_head
 from pairs import Item, Order, Pairs, train_batches, whole_items
-from sliding import slide
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pixio.adaptors import depth_of, fingerprint, load_encoder
-from pixio.data import normalise
-from pixio.engine.checkpoint import Checkpoints, Interval, restore, write_atomic
+from pixio.dense.frozen import FrozenEncoder
+from pixio.dense.heads import KINDS, head_blocks, make_head
+from pixio.dense.sliding import slide
+from pixio.engine.checkpoint import Checkpoints, Interval, restore
 from pixio.engine.config import option
-from pixio.engine.logs import Log
+from pixio.engine.logger import Log
 from pixio.engine.optim import set_lr
 from pixio.engine.runtime import Runtime, start_runtime
 from pixio.engine.schedule import poly
 from pixio.engine.step import NonFiniteLoss, accumulate
-from pixio.weights import read_file
+from pixio.files import write_atomic
+from pixio.images.normalization import normalize
+from pixio.models.external import depth_of, fingerprint, load_encoder
+from pixio.weights.reading import read_file
 
 
 # ---------------------------------------------------------------------------------------------- configuration
@@ -59,7 +60,7 @@ class DenseConfig:
     epochs: int = option(60, "passes over the training images")
     batch_size: int = option(4, "crops that share one loss: those of one GPU in the published recipes")
     batches_per_step: int = option(
-        8, "such batches per optimiser step, shared among the ranks: published are 8 GPUs with one each"
+        8, "such batches per optimizer step, shared among the ranks: published are 8 GPUs with one each"
     )
     lr: float = option(1e-4, "peak learning rate, for any number of ranks")
     weight_decay: float = option(0.01, "AdamW decay")
@@ -99,13 +100,13 @@ HARMLESS = (
 
 
 class Scores(Protocol):
-    """Metrics in the making: `add` fills the `state` of a rank, `summarise` merges those of all."""
+    """Metrics in the making: `add` fills the `state` of a rank, `summarize` merges those of all."""
 
     state: Any
 
     def add(self, index: int, prediction: Tensor, target: Tensor) -> None: ...
 
-    def summarise(self, states: list[Any]) -> dict[str, Any]: ...
+    def summarize(self, states: list[Any]) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ def predict(bench: Bench, item: Item) -> Tensor:
             logits = bench.head(bench.frozen(windows), windows.shape[-2:])  # [n, O, S, S]
         return bench.task.average(logits)
 
-    image = normalise(item.image.to(bench.runtime.device, non_blocking=True))
+    image = normalize(item.image.to(bench.runtime.device, non_blocking=True))
     averages = slide(predict_windows, image, bench.size, bench.stride, bench.config.window_batch)
     if not averages.isfinite().all():
         raise ValueError(
@@ -287,7 +288,7 @@ def evaluate(bench: Bench) -> dict[str, Any]:
     for index, item in tqdm(items, "evaluate", len(indices), leave=False, disable=hidden):
         scores.add(index, predict(bench, item), item.target.to(runtime.device))
     bench.head.train()
-    return scores.summarise(runtime.gather(scores.state))
+    return scores.summarize(runtime.gather(scores.state))
 
 
 @torch.inference_mode()
@@ -400,7 +401,7 @@ def train_head(bench: Bench, train: Pairs) -> list[dict[str, Any]]:
 
 def loss_of(bench: Bench, model: nn.Module, crops: Item) -> Tensor:
     """The mean over the batches of a rank and step, each of `batch_size` crops and with a loss of its own."""
-    images = normalise(crops.image.to(bench.runtime.device, non_blocking=True))
+    images = normalize(crops.image.to(bench.runtime.device, non_blocking=True))
     targets = crops.target.to(bench.runtime.device, non_blocking=True)
     logits = model(bench.frozen(images), images.shape[-2:])  # [B, O, S, S]
     size = bench.config.batch_size

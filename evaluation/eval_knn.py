@@ -4,7 +4,7 @@
     torchrun --nproc_per_node 8 eval_knn.py …
 
 DIR holds `train/CLASS/*` and `val/CLASS/*`. Every image becomes one vector: the mean class token of the last
-block before the final norm, L2-normalised. The same command resumes a run that was stopped, and features that
+block before the final norm, L2-normalized. The same command resumes a run that was stopped, and features that
 are already there are used again. `results.json`, `features/` and, with `--per_block`, `blocks.png` lie in
 `--output_dir`.
 """
@@ -18,14 +18,14 @@ from typing import Any, BinaryIO, Literal
 
 import torch
 from feature_bank import Extractor, Features, list_split
-from knn import QUERIES, Nearest, block_sizes, count_correct
 from torch import Tensor
 from tqdm import tqdm
 
-from pixio.adaptors import depth_of, fingerprint, load_encoder
-from pixio.engine.checkpoint import write_atomic
 from pixio.engine.config import option, parse
 from pixio.engine.runtime import Runtime, start_runtime
+from pixio.features.knn import QUERIES, Nearest, block_sizes, count_correct
+from pixio.files import write_atomic
+from pixio.models.external import depth_of, fingerprint, load_encoder
 
 PROGRAM = "eval_knn.py"
 

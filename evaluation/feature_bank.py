@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from pixio.data import DamagedDataError, decode, normalise, resize_centre_crop
 from pixio.data.shards import IMAGE_SUFFIXES
-from pixio.engine.checkpoint import write_atomic
 from pixio.engine.runtime import Runtime
+from pixio.files import write_atomic
+from pixio.images.crops import resize_center_crop
+from pixio.images.decoding import DamagedDataError, decode
+from pixio.images.normalization import normalize
 
 PART = 512  # images
 
@@ -93,7 +95,7 @@ def list_split(root: Path, classes: list[str] | None = None) -> Split:
 
 @dataclass(frozen=True)
 class Features:
-    """Files with the L2-normalised features of a split.
+    """Files with the L2-normalized features of a split.
 
     They are kept in half precision, 11 significant bits: as many as TF32 products would look at anyway.
 
@@ -192,9 +194,9 @@ class Extractor:
 
     @torch.inference_mode()
     def embed(self, images: Tensor) -> Tensor:
-        """L2-normalised embeddings of images uint8 [B, 3, S, S]: float32 [L, B, D], on the device."""
+        """L2-normalized embeddings of images uint8 [B, 3, S, S]: float32 [L, B, D], on the device."""
         with self.runtime.autocast():
-            images = normalise(images.to(self.runtime.device, non_blocking=True))
+            images = normalize(images.to(self.runtime.device, non_blocking=True))
             outputs = self.encoder(images, self.block_ids)
         if self.pool == "first":
             vectors = [output["cls_tokens"][:, 0].float() for output in outputs]
@@ -263,7 +265,7 @@ class _Crops(Dataset):
     def __getitem__(self, number: int) -> Tensor | str:
         path = self.split.path(number)
         try:
-            return resize_centre_crop(decode(path.read_bytes()), self.resize, self.crop)
+            return resize_center_crop(decode(path.read_bytes()), self.resize, self.crop)
         except (DamagedDataError, OSError) as error:
             return f"{path} cannot be read ({error}): replace or remove it"
 

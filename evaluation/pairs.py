@@ -14,9 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pixio.data import DamagedDataError, decode
 from pixio.data.shards import IMAGE_SUFFIXES
-from pixio.data.transforms import MAX_PIXELS
+from pixio.images.decoding import MAX_PIXELS, DamagedDataError, decode
 
 
 class Pair(NamedTuple):

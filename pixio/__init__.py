@@ -1,9 +1,9 @@
 """Pixio: a vision encoder for dense tasks, pre-trained by reconstructing pixels (https://arxiv.org/abs/2512.15715)."""
 
-from pixio.encoder import PixioViT
-from pixio.inputs import transform
-from pixio.mae import PixioMAE
-from pixio.registry import (
+from pixio.images.inference import transform
+from pixio.models.encoder import PixioViT
+from pixio.models.mae import PixioMAE
+from pixio.models.registry import (
     create_model,
     from_pretrained,
     list_models,
@@ -26,7 +26,7 @@ from pixio.registry import (
     pixio_vitti16,
     pixio_vitti16_enc192x12h3_dec128x4h4,
 )
-from pixio.weights import load_mae
+from pixio.weights.reading import load_mae
 
 __all__ = [
     "PixioMAE",

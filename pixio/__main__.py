@@ -1,6 +1,6 @@
 """`python -m pixio …`, the same as `pixio …`."""
 
-from pixio.cli import main
+from pixio.cli.main import main
 
 if __name__ == "__main__":
     main()

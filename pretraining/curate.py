@@ -6,8 +6,8 @@
     python curate.py report --data_path tars --json_path stats --output report
 
 For each tar it writes `--json_path/<parent folder>/<tar name>.json`: member name -> `width` and `height` (in
-pixels, upright), `histogram_score` (see `pixio.data.scores`) and `mae_loss`, or `error` for a damaged image.
-`mae_loss` is the loss of the model in `--checkpoint` on the whole image, resized, with pixels normalised per
+pixels, upright), `histogram_score` (see `pixio.data.curation`) and `mae_loss`, or `error` if damaged.
+`mae_loss` is the loss of the model in `--checkpoint` on the whole image, resized, with pixels normalized per
 patch: the mean over `--mask_draws` masks that follow from the image's bytes, so that the same image gets the
 same score wherever it lies. A file is written when its tar is finished; the same command goes on after an
 interruption, and adds scores that are still missing.
@@ -31,16 +31,18 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 import pixio
-from pixio.data import Curation, DamagedDataError, find_shards, normalise
-from pixio.data.scores import ENTROPY_SIZE, colour_entropy
+from pixio.data import Curation, find_shards
+from pixio.data.curation import ENTROPY_SIZE, color_entropy
+from pixio.data.loader import has_scores, statistics_path
 from pixio.data.shards import Entry, TarShard
-from pixio.data.streams import has_scores, statistics_path
-from pixio.data.transforms import decode_crop, read_size
-from pixio.engine.checkpoint import write_atomic
 from pixio.engine.config import option, parse
 from pixio.engine.runtime import Runtime, start_runtime
-from pixio.mae import PixioMAE
-from pixio.masking import cell_grid, count_kept
+from pixio.files import write_atomic
+from pixio.images.crops import decode_crop
+from pixio.images.decoding import DamagedDataError, read_size
+from pixio.images.normalization import normalize
+from pixio.models.mae import PixioMAE
+from pixio.models.masking import cell_grid, count_kept
 
 KEYS = {"size": ("width", "height"), "entropy": ("histogram_score",), "loss": ("mae_loss",)}
 ENTROPY_DIGITS = 4
@@ -152,7 +154,7 @@ class Tars(IterableDataset):
                 records[entry.key] = record = {"width": width, "height": height}
                 if "entropy" in self.scores:
                     pixels = decode_crop(data, ENTROPY_SIZE, whole)
-                    record["histogram_score"] = round(colour_entropy(pixels), ENTROPY_DIGITS)
+                    record["histogram_score"] = round(color_entropy(pixels), ENTROPY_DIGITS)
                 if "loss" in self.scores:
                     if "entropy" not in self.scores or self.size != ENTROPY_SIZE:
                         pixels = decode_crop(data, self.size, whole)
@@ -198,7 +200,7 @@ def reconstruction_losses(
         mask_draws: masks per image.
 
     Returns:
-        Mean squared errors of normalised masked pixels, means over the masks, rounded.
+        Mean squared errors of normalized masked pixels, means over the masks, rounded.
 
     Raises:
         ValueError: one is not finite.
@@ -214,7 +216,7 @@ def reconstruction_losses(
     order = order.to(runtime.device)
     batch = torch.zeros(batch_size, *pixels.shape[1:], dtype=torch.uint8)
     batch[: len(pixels)] = pixels
-    images = normalise(batch.to(runtime.device))
+    images = normalize(batch.to(runtime.device))
     total = torch.zeros(batch_size, device=runtime.device)
     for draw in range(mask_draws):
         noise = (order - draw * kept) % cells

@@ -18,11 +18,14 @@ import torch
 from torch import Tensor, nn
 
 import pixio
-from pixio.data import DataError, Loader, normalise, open_stream
+from pixio.data import DataError, Loader, open_stream
 from pixio.engine.checkpoint import Checkpoints, Interval, restore
 from pixio.engine.config import option, parse
 from pixio.engine.optim import make_adamw, set_lr
-from pixio.engine.recipe import (
+from pixio.engine.runtime import Runtime
+from pixio.engine.signals import Stopped
+from pixio.engine.step import NonFiniteLoss, accumulate
+from pixio.engine.training import (
     TrainConfig,
     is_finished,
     run_program,
@@ -31,9 +34,7 @@ from pixio.engine.recipe import (
     start_log,
     state_to_resume,
 )
-from pixio.engine.runtime import Runtime
-from pixio.engine.signals import Stopped
-from pixio.engine.step import NonFiniteLoss, accumulate
+from pixio.images.normalization import normalize
 
 
 # ---------------------------------------------------------------------------------------------- configuration
@@ -45,7 +46,7 @@ class PretrainConfig(TrainConfig):
     n_cls_tokens: int = option(8, "class tokens")
     mask_ratio: float = option(0.75, "share of masked cells")
     mask_grid: int = option(4, "side of a masked cell in patches")
-    norm_pix_loss: bool = option(True, "predict pixels normalised per patch")
+    norm_pix_loss: bool = option(True, "predict pixels normalized per patch")
     drop_path: float = option(0.0, "stochastic depth rate of the last encoder block")
     init_encoder: str | None = option(None, "encoder file to start from; the decoder starts fresh")
     freeze_encoder_steps: int = option(0, "first steps during which only the decoder learns")
@@ -64,7 +65,7 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
     output = Path(config.output_dir)
     base_lr = config.peak_lr(runtime.world_size)
 
-    # ---- model, optimiser
+    # ---- model, optimizer
     runtime.seed(config.seed, step=0)
     mae = pixio.create_model(
         config.model,
@@ -117,7 +118,7 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
         save_report(config, runtime, loader.report())
 
     def loss_fn(model: nn.Module, pixels: Tensor) -> Tensor:
-        pixels = normalise(pixels.to(runtime.device, non_blocking=True))
+        pixels = normalize(pixels.to(runtime.device, non_blocking=True))
         return model(pixels, config.mask_ratio).loss
 
     log = start_log(config, runtime, start)

@@ -11,7 +11,7 @@ from pathlib import Path
 from main_pretrain import PretrainConfig
 
 from pixio.engine.config import parse
-from pixio.engine.submit import LaunchConfig, launch
+from pixio.engine.slurm import LaunchConfig, launch
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 import transformers
 
 import pixio
-from pixio.adaptors import depth_of, fingerprint, load_encoder
-from pixio.data import normalise
+from pixio.images.normalization import normalize
+from pixio.models.external import depth_of, fingerprint, load_encoder
 
 TIMM = {  # name: options, each with another kind of tokens
     "timm/test_vit": {},
@@ -47,7 +47,7 @@ def test_timm_encoders_give_timms_own_features_on_a_rectangle(name):
     with torch.no_grad():
         final = encoder.model.forward_features((pixels / 255 - mean) / std)
         hook.remove()
-        second, last = encoder(normalise(pixels), [1, -1])
+        second, last = encoder(normalize(pixels), [1, -1])
 
     c = encoder.model.num_prefix_tokens
     assert (encoder.n_cls_tokens, depth_of(encoder)) == (c, len(encoder.model.blocks))
@@ -69,7 +69,7 @@ def test_a_timm_classifier_file_loads_without_its_head(tmp_path):
     pixels = images(160, 160)
     with torch.no_grad():
         close(
-            encoder(normalise(pixels), [-1])[0]["patch_tokens_norm"],
+            encoder(normalize(pixels), [-1])[0]["patch_tokens_norm"],
             theirs.forward_features((pixels / 255 - mean) / std)[:, 1:],
         )
 
@@ -115,7 +115,7 @@ def pixio_folder(folder):
 def test_transformers_folders_give_transformers_own_features_on_a_rectangle(build, c, tmp_path):
     theirs = build(tmp_path)
     encoder = load_encoder(f"hf/{tmp_path}")
-    pixels = normalise(images(32, 48))
+    pixels = normalize(images(32, 48))
     with torch.no_grad():
         expected = theirs(pixels, output_hidden_states=True)
         features = encoder(pixels)
@@ -132,7 +132,7 @@ def test_vit_mae_sees_every_patch_in_order(tmp_path):
     config = transformers.ViTMAEConfig(**SIZES, **sizes, patch_size=8, decoder_num_hidden_layers=1)
     whole = save(tmp_path, transformers.ViTMAEForPreTraining(config))  # the decoder is left out
     encoder = load_encoder(f"hf/{tmp_path}")
-    pixels = normalise(images(32, 48))
+    pixels = normalize(images(32, 48))
     theirs = copy.deepcopy(whole.vit)
     theirs.config.mask_ratio = 0.0
     with torch.no_grad():
@@ -143,7 +143,7 @@ def test_vit_mae_sees_every_patch_in_order(tmp_path):
     close(features["cls_tokens_norm"], expected.last_hidden_state[:, :1])
 
 
-def test_the_normalisation_of_a_folder_is_converted(tmp_path):
+def test_the_normalization_of_a_folder_is_converted(tmp_path):
     config = transformers.Dinov2Config(**SIZES, patch_size=8)
     theirs = save(
         tmp_path, transformers.Dinov2Model(config), image_mean=[0.5, 0.4, 0.3], image_std=[0.5, 0.25, 1]
@@ -151,17 +151,17 @@ def test_the_normalisation_of_a_folder_is_converted(tmp_path):
     mean, std = torch.tensor([0.5, 0.4, 0.3])[:, None, None], torch.tensor([0.5, 0.25, 1])[:, None, None]
     pixels = images(32, 32)
     with torch.no_grad():
-        (features,) = load_encoder(f"hf/{tmp_path}")(normalise(pixels), [-1])
+        (features,) = load_encoder(f"hf/{tmp_path}")(normalize(pixels), [-1])
         expected = theirs((pixels / 255 - mean) / std).last_hidden_state
     close(features["cls_tokens_norm"], expected[:, :1])
 
 
-def test_a_folder_that_does_not_normalise_gets_plain_pixels(tmp_path):
+def test_a_folder_that_does_not_normalize_gets_plain_pixels(tmp_path):
     config = transformers.Dinov2Config(**SIZES, patch_size=8)
     theirs = save(tmp_path, transformers.Dinov2Model(config), do_normalize=False, image_std=[0.5, 0.5, 0.5])
     pixels = images(32, 32)
     with torch.no_grad():
-        (features,) = load_encoder(f"hf/{tmp_path}")(normalise(pixels), [-1])
+        (features,) = load_encoder(f"hf/{tmp_path}")(normalize(pixels), [-1])
         close(features["cls_tokens_norm"], theirs(pixels / 255).last_hidden_state[:, :1])
 
 

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 import pixio
-from pixio import cli, cli_pictures
-from pixio.cli import main
+from pixio.cli import main as cli
+from pixio.cli import pictures as cli_pictures
+from pixio.cli.main import main
 from pixio.engine.checkpoint import Checkpoints
 from pixio.engine.runtime import Runtime
 
@@ -106,7 +107,7 @@ def test_help_lists_the_layouts_and_formats(capsys):
 def test_help_loads_no_library_that_only_other_commands_need():
     code = """
 import sys
-from pixio.cli import main
+from pixio.cli.main import main
 try:
     main(["--help"])
 except SystemExit:

@@ -17,8 +17,8 @@ from local_slurm import LocalSlurm, available
 from PIL import Image
 
 import pixio
-from pixio.data.scene_trees import write_tree
 from pixio.engine.runtime import find_ranks
+from pixio.synthetic.trees import write_tree
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "pixio_vitpico16_enc128x6h4_dec128x2h4"
@@ -114,9 +114,9 @@ def test_without_slurm_the_launcher_says_what_else_there_is(tmp_path):
 SIGNALLED = """
 import os, signal
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])  # before an import starts threads
-from pixio.engine.signals import heed_signals, received
+from pixio.engine.signals import defer_signals, received
 os.kill(os.getpid(), signal.SIGUSR2)      # while the program starts
-with heed_signals():
+with defer_signals():
     assert received(signal.SIGUSR2) and not received(signal.SIGTERM)
     child = os.fork()
     if child == 0:
@@ -132,7 +132,7 @@ os.kill(os.getpid(), signal.SIGTERM)
 
 def test_signals_are_noted_by_the_program_and_not_seen_by_its_workers():
     ended = subprocess.run([sys.executable, "-c", SIGNALLED], check=False)
-    assert ended.returncode == -signal.SIGTERM  # outside of `heed_signals` they end the process as ever
+    assert ended.returncode == -signal.SIGTERM  # outside of `defer_signals` they end the process as ever
 
 
 # ----------------------------------------------------------------------------------------- local processes
@@ -205,7 +205,7 @@ from pathlib import Path
 sys.path.insert(0, {tree!r})
 from submitit_pretrain import SubmitConfig
 from pixio.engine.config import parse
-from pixio.engine.submit import launch
+from pixio.engine.slurm import launch
 launch(parse(SubmitConfig), Path({script!r}))
 """
 

@@ -1,7 +1,6 @@
 """Curation: what the scores are, and that nothing about the run that computes them shows in the files."""
 
 import errno
-import importlib.util
 import inspect
 import io
 import json
@@ -12,30 +11,21 @@ import sys
 import tarfile
 from pathlib import Path
 
+import curate
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import pixio
-from pixio.data import Loader, normalise, open_stream
-from pixio.data.scenes import render
-from pixio.data.scores import ENTROPY_SIZE, colour_entropy
+from pixio.data import Loader, open_stream
+from pixio.data.curation import ENTROPY_SIZE, color_entropy
 from pixio.engine.runtime import start_runtime
+from pixio.images.normalization import normalize
+from pixio.synthetic.scenes import render
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "pixio_vitpico16_enc128x6h4_dec128x2h4"
-
-
-def load_program():
-    spec = importlib.util.spec_from_file_location("curate", ROOT / "pretraining" / "curate.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["curate"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-curate = load_program()
 
 
 # ------------------------------------------------------------------------------------------------- pictures
@@ -88,29 +78,29 @@ def scene(seed: int, side: int = 64) -> bytes:
 def test_entropy_is_that_of_the_share_of_colours():
     halves = torch.zeros(3, 8, 8, dtype=torch.uint8)
     halves[0, :4] = 200
-    assert colour_entropy(halves) == pytest.approx(1.0)
+    assert color_entropy(halves) == pytest.approx(1.0)
     halves[2, :, :2] = 99  # a quarter of both
     quarter = -0.25 * math.log2(0.25) - 0.75 * math.log2(0.75)
-    assert colour_entropy(halves) == pytest.approx(1.0 + quarter)
+    assert color_entropy(halves) == pytest.approx(1.0 + quarter)
 
 
 def test_entropy_has_sixteen_levels_per_channel():
     cube = torch.cartesian_prod(*[torch.arange(8, 256, 16, dtype=torch.uint8)] * 3).T.reshape(3, 64, 64)
-    assert colour_entropy(cube) == pytest.approx(12.0)
-    assert colour_entropy(cube // 16 * 16 + 5) == pytest.approx(12.0)  # moved inside the ranges
-    assert colour_entropy(torch.full((3, 5, 5), 255, dtype=torch.uint8)) == 0.0
+    assert color_entropy(cube) == pytest.approx(12.0)
+    assert color_entropy(cube // 16 * 16 + 5) == pytest.approx(12.0)  # moved inside the ranges
+    assert color_entropy(torch.full((3, 5, 5), 255, dtype=torch.uint8)) == 0.0
 
 
 @pytest.mark.parametrize("draw", [text_page, gradient, flat_graphic])
 def test_pages_gradients_and_graphics_lie_below_the_threshold(draw):
-    scores = [colour_entropy(resized(Image.open(io.BytesIO(jpeg(draw(seed)))))) for seed in range(12)]
+    scores = [color_entropy(resized(Image.open(io.BytesIO(jpeg(draw(seed)))))) for seed in range(12)]
     assert max(scores) <= 4.5
 
 
 def test_photographs_in_colour_lie_above_the_threshold():
     data = pytest.importorskip("skimage.data")
     for name in ("astronaut", "coffee", "chelsea", "rocket"):
-        assert colour_entropy(resized(Image.fromarray(getattr(data, name)()))) > 4.5, name
+        assert color_entropy(resized(Image.fromarray(getattr(data, name)()))) > 4.5, name
 
 
 # ------------------------------------------------------------------------------------------------- the loss
@@ -135,7 +125,7 @@ def test_masks_of_an_image_show_each_patch_once_and_losses_are_its_own(checkpoin
     assert torch.equal(sum(1 - out.mask for out in outs)[:3], torch.ones(3, 16))
     for i in range(3):
         one = [
-            mae.loss(normalise(pixels)[i : i + 1], out.pred[i : i + 1], out.mask[i : i + 1]) for out in outs
+            mae.loss(normalize(pixels)[i : i + 1], out.pred[i : i + 1], out.mask[i : i + 1]) for out in outs
         ]
         assert losses[i] == pytest.approx(sum(one).item() / 4, abs=6e-4)
 

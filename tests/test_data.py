@@ -25,26 +25,13 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as tvf
 
-from pixio.data import (
-    Curation,
-    DamagedDataError,
-    DataError,
-    Loader,
-    Stream,
-    crop_box,
-    decode,
-    decode_crop,
-    denormalise,
-    find_shards,
-    jpeg,
-    normalise,
-    open_stream,
-    random_resized_crop,
-    resize_centre_crop,
-    transforms,
-)
-from pixio.data import streams as streams_module
+from pixio.data import Curation, DataError, Loader, Stream, find_shards, open_stream
+from pixio.data import loader as streams_module
 from pixio.data.shards import Entry, Past, Plan
+from pixio.images import decoding, jpeg, normalization
+from pixio.images.crops import crop_box, decode_crop, random_resized_crop, resize_center_crop
+from pixio.images.decoding import DamagedDataError, decode
+from pixio.images.normalization import denormalize, normalize
 
 # Images of one colour, which a crop keeps: the colour is the image's number.
 
@@ -815,26 +802,26 @@ def test_crop_equals_torchvisions_for_the_same_box():
 def test_central_crop_equals_torchvisions(width, height):
     image = noise(width, height)
     expected = tvf.center_crop(tvf.resize(image, 48, InterpolationMode.BICUBIC), [40, 40])
-    assert torch.equal(resize_centre_crop(image, 48, 40), tvf.pil_to_tensor(expected))
+    assert torch.equal(resize_center_crop(image, 48, 40), tvf.pil_to_tensor(expected))
 
 
 def test_central_crop_larger_than_the_image_is_refused():
     with pytest.raises(ValueError, match=r"64 px.*48 px"):
-        resize_centre_crop(noise(90, 70), 48, 64)
+        resize_center_crop(noise(90, 70), 48, 64)
 
 
 def test_central_crop_of_a_strip_too_thin_to_be_resized_is_refused():
     with pytest.raises(DamagedDataError, match="256 x 5120000 is above"):
-        resize_centre_crop(Image.new("RGB", (1, 20_000)), 256, 256)
+        resize_center_crop(Image.new("RGB", (1, 20_000)), 256, 256)
 
 
-def test_normalise_matches_torchvision_and_is_undone():
+def test_normalize_matches_torchvision_and_is_undone():
     images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
-    expected = tvf.normalize(images.float() / 255, transforms.IMAGENET_MEAN, transforms.IMAGENET_STD)
-    torch.testing.assert_close(normalise(images), expected, atol=1e-5, rtol=1e-5)
-    assert torch.equal(denormalise(normalise(images)), images)
+    expected = tvf.normalize(images.float() / 255, normalization.IMAGENET_MEAN, normalization.IMAGENET_STD)
+    torch.testing.assert_close(normalize(images), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(denormalize(normalize(images)), images)
     with pytest.raises(ValueError, match=r"float32"):
-        normalise(images.float())
+        normalize(images.float())
 
 
 def encoded(image: Image.Image, format: str, **options) -> bytes:
@@ -959,7 +946,7 @@ def test_images_are_turned_upright(format):
         exif = Image.Exif()
         exif[0x0112] = tag
         data = encoded(upright.transpose(turn), format, exif=exif)
-        assert transforms.read_size(data) == (32, 16)
+        assert decoding.read_size(data) == (32, 16)
         pixels = np.asarray(decode(data))
         np.testing.assert_allclose(pixels[8, [4, 28]], [(255, 0, 0), (0, 0, 255)], atol=8)
         crop = decode_crop(data, 8, lambda width, height: (0, 0, width // 2, height))
@@ -1007,10 +994,10 @@ def test_damaged_bytes_raise_one_error():
 
 
 def test_too_many_pixels_are_refused_from_the_header(monkeypatch):
-    monkeypatch.setattr(transforms, "MAX_PIXELS", 99)
-    monkeypatch.setattr(transforms, "to_rgb", lambda image: pytest.fail("decoded"))
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 99)
+    monkeypatch.setattr(decoding, "to_rgb", lambda image: pytest.fail("decoded"))
     monkeypatch.setattr(jpeg, "decode_rows", lambda *args: pytest.fail("decoded"))
     data = encoded(noise(10, 10), "jpeg")
-    for read in (decode, transforms.read_size, lambda data: decode_crop(data, 4, lambda w, h: (0, 0, w, h))):
+    for read in (decode, decoding.read_size, lambda data: decode_crop(data, 4, lambda w, h: (0, 0, w, h))):
         with pytest.raises(DamagedDataError, match=r"10 x 10 is above 99 pixels"):
             read(data)

@@ -6,31 +6,33 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import feature_cache
+import main_distill
 import pytest
 import torch
 import torch.multiprocessing as mp
+from feature_cache import Cache, CachedBatches, open_cache
+from students import Batch, Objective, Student, StudentTrainer
+from teachers import load_teacher, teacher_tokens
+from token_losses import Tokens, token_loss
 from torch import Tensor
 
 import pixio
-from pixio.adaptors import load_encoder
-from pixio.data import decode, normalise, open_stream, resize_centre_crop
-from pixio.data.scene_trees import write_tree
+from pixio.data import open_stream
 from pixio.engine.checkpoint import Checkpoints, fetch, read_checkpoint
 from pixio.engine.runtime import Runtime, start_runtime
 from pixio.engine.step import NonFiniteLoss, apply_gradients, compute_gradients
+from pixio.images.crops import resize_center_crop
+from pixio.images.decoding import decode
+from pixio.images.normalization import normalize
+from pixio.models.external import load_encoder
+from pixio.synthetic.trees import write_tree
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "distillation"))
-import feature_cache  # noqa: E402
-import main_distill  # noqa: E402
-from feature_cache import Cache, CachedBatches, open_cache  # noqa: E402
-from students import Batch, Learner, Lesson, Student  # noqa: E402
-from teachers import load_teacher, teacher_tokens  # noqa: E402
-from token_losses import Tokens, token_loss  # noqa: E402
+
 
 ALONE = Runtime(torch.device("cpu"))
 PICO, TI = "pixio_vitpico16", "pixio_vitti16"
@@ -106,7 +108,7 @@ def test_loss_and_gradients_equal_a_float64_computation(loss_fn_cls, loss_fn_pat
         return Tokens(said[0], patch)
 
     losses = {"loss_fn_cls": loss_fn_cls, "loss_fn_patch": loss_fn_patch, "loss_fuse": loss_fuse}
-    lesson = Lesson((side, side), mask_ratio, 2, losses)
+    lesson = Objective((side, side), mask_ratio, 2, losses)
     loss = lesson(model, Batch(torch.zeros(2, 3, 64, 64), teacher, noise))
     loss.backward()
 
@@ -370,8 +372,8 @@ def test_a_loss_that_is_not_finite_stops_all_students_before_the_step(folder, tm
         poison = len(log_of(tmp_path)) == 3 and model.encoder.embed_dim == 192
         return loss * float("nan") if poison else loss
 
-    teach = Lesson.__call__
-    monkeypatch.setattr(Lesson, "__call__", poisoned)
+    teach = Objective.__call__
+    monkeypatch.setattr(Objective, "__call__", poisoned)
     with pytest.raises(SystemExit, match=f"the loss of {TI} is not finite"):
         run(folder, "--save_steps 0 --output_dir", tmp_path)
     assert checkpoint_of(tmp_path)["step"] == 3
@@ -470,11 +472,11 @@ def learn(rank: int, world_size: int, folder: Path) -> None:
     learners = []
     for width, mask_ratio in ((16, 0.5), (32, 0.0)):
         encoder = pixio.PixioViT(64, embed_dim=width, depth=2, num_heads=2)
-        lesson = Lesson(
+        lesson = Objective(
             (4, 4), mask_ratio, 2, {"loss_fn_cls": "cosine", "loss_fn_patch": "mse", "loss_fuse": "sum"}
         )
         student = Student(encoder, 32).double()
-        learners.append(Learner(f"student{width}", student, lesson, 1e-3, runtime, 0.05))
+        learners.append(StudentTrainer(f"student{width}", student, lesson, 1e-3, runtime, 0.05))
     share = slice(rank * 8 // world_size, (rank + 1) * 8 // world_size)
 
     def step(number: int, poison: float = 1.0) -> None:
@@ -567,13 +569,13 @@ def cache_of(
 def test_cached_tokens_are_the_teachers_for_central_crops(folder, tmp_path):
     images, tokens, failed = cache_of(folder, tmp_path)
     files = (folder / "images" / "train").rglob("*.JPEG")
-    crops = [resize_centre_crop(decode(file.read_bytes()), 64, 64) for file in files]
+    crops = [resize_center_crop(decode(file.read_bytes()), 64, 64) for file in files]
     assert len(images) == len(crops) == 12
     assert not failed
     assert {crop.numpy().tobytes() for crop in crops} == {image.numpy().tobytes() for image in images}
     teacher = pixio.pixio_vitpico16(folder / "teacher.pth", img_size=64).eval()
     with torch.no_grad():
-        expected = teacher(normalise(images))[-1]
+        expected = teacher(normalize(images))[-1]
     expected = torch.cat([expected["cls_tokens"], expected["patch_tokens"]], 1)
     torch.testing.assert_close(tokens.float(), expected, atol=1e-2, rtol=1e-2)
 

@@ -1,4 +1,4 @@
-"""The encoder: sizes, initialisation, the features contract, and two independent oracles."""
+"""The encoder: sizes, initialization, the features contract, and two independent oracles."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def xavier_bound(weight: torch.Tensor) -> float:
     return (6 / (rows.shape[0] + rows.shape[1])) ** 0.5
 
 
-def test_initialisation_has_the_stated_statistics():
+def test_initialization_has_the_stated_statistics():
     torch.manual_seed(0)
     model = pixio.pixio_vits16()
     weights = [model.patch_embed.proj.weight] + [

@@ -28,18 +28,19 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pixio.engine import checkpoint as checkpoint_module
-from pixio.engine import logs as logs_module
-from pixio.engine import meeting as meeting_module
-from pixio.engine.checkpoint import Checkpoints, Interval, fetch, read_checkpoint, restore, write_atomic
+from pixio.engine import logger as logs_module
+from pixio.engine import rendezvous as meeting_module
+from pixio.engine.checkpoint import Checkpoints, Interval, fetch, read_checkpoint, restore
 from pixio.engine.config import option, parse, save_config
-from pixio.engine.logs import Log
-from pixio.engine.meeting import Watch
+from pixio.engine.logger import Log
 from pixio.engine.optim import make_adamw, set_lr
-from pixio.engine.recipe import TrainConfig, state_to_resume
+from pixio.engine.rendezvous import Watch
 from pixio.engine.runtime import Ranks, Runtime, choose_device, expand_node_list, find_ranks, start_runtime
 from pixio.engine.schedule import warmup_cosine
 from pixio.engine.step import NonFiniteLoss, accumulate
-from pixio.weights import read_file
+from pixio.engine.training import TrainConfig, state_to_resume
+from pixio.files import write_atomic
+from pixio.weights.reading import read_file
 
 ALONE = Runtime(torch.device("cpu"))
 STEPS = 3
@@ -150,8 +151,8 @@ def meet_damage(rank: int, checkpoints: Checkpoints, folder: Path) -> dict:
     empty = Checkpoints(folder / "empty", checkpoints.runtime)
     config = TrainConfig(resume=str(folder / "other" / "step_00000001"))
     with pytest.MonkeyPatch.context() as patch:
-        summed, real = [], checkpoint_module.check_sum
-        patch.setattr(checkpoint_module, "check_sum", lambda file: (summed.append(file.name), real(file))[1])
+        summed, real = [], checkpoint_module.checksum
+        patch.setattr(checkpoint_module, "checksum", lambda file: (summed.append(file.name), real(file))[1])
         found["resumed"] = fetch(state_to_resume(config, empty, ()))
         found["summed"] = list(summed)
         if rank == 1:
@@ -321,7 +322,7 @@ def test_random_numbers_are_a_function_of_seed_and_step():
     assert draws[0] != draws[2]
 
 
-# --- optimiser and schedule ---------------------------------------------------------------------------------
+# --- optimizer and schedule ---------------------------------------------------------------------------------
 
 
 def test_only_biases_and_vectors_escape_weight_decay():

@@ -5,7 +5,6 @@ import io
 import itertools
 import os
 import shutil
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,10 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "evaluation"))
-
 from monodepth import data as depth_data
 from monodepth.data import list_kitti, list_nyuv2, read_depth
 from pairs import (
@@ -30,6 +25,7 @@ from pairs import (
     train_batches,
     whole_items,
 )
+from PIL import Image
 from semseg import data as mask_data
 from semseg.data import drop_zero, list_ade20k, list_loveda, list_pascal, read_mask, scale_crop_flip
 from semseg.util import process_loveda

@@ -1,8 +1,6 @@
 """What dense evaluation computes: frozen features, heads, windows, losses, metrics, learning rates."""
 
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,17 +8,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "evaluation"))
-
-from frozen import FrozenEncoder
-from heads import DPTHead, LinearHead, SyncedBatchNorm2d, head_blocks
 from monodepth.metrics import METRICS, DepthScores, silog_loss
 from semseg.metrics import SegmentationScores, segmentation_loss
-from sliding import slide
+from torch import nn
 
 from pixio import PixioViT
+from pixio.dense.frozen import FrozenEncoder
+from pixio.dense.heads import DPTHead, LinearHead, SyncedBatchNorm2d, head_blocks
+from pixio.dense.sliding import slide
 from pixio.engine.runtime import Runtime
 from pixio.engine.schedule import poly
 
@@ -294,7 +289,7 @@ def depth_scores(images, indices) -> DepthScores:
 
 def test_depth_metrics_are_means_over_images_of_their_float64_values():
     images = depth_images(4)
-    found = DepthScores.summarise([depth_scores(images, range(4)).state])
+    found = DepthScores.summarize([depth_scores(images, range(4)).state])
     rows = [nine_metrics(*image) for image in images]
     expected = {name: sum(row[name] for row in rows) / 4 for name in METRICS}
     assert {name: found[name] for name in METRICS} == pytest.approx(expected, rel=1e-9)
@@ -305,7 +300,7 @@ def test_depth_metrics_do_not_depend_on_the_number_of_ranks():
     images = depth_images(5)
     alone = depth_scores(images, range(5))
     two = [depth_scores(images, range(rank, 5, 2)).state for rank in (0, 1)]
-    assert DepthScores.summarise([alone.state]) == DepthScores.summarise(two)
+    assert DepthScores.summarize([alone.state]) == DepthScores.summarize(two)
 
 
 def test_images_with_fewer_than_ten_measured_pixels_are_skipped():
@@ -313,13 +308,13 @@ def test_images_with_fewer_than_ten_measured_pixels_are_skipped():
     for pixels, skipped in ((9, 1), (10, 0)):
         sparse = np.zeros_like(target)
         sparse.ravel()[:pixels] = 2.0
-        found = DepthScores.summarise([depth_scores([(prediction, sparse), full], (0, 1)).state])
+        found = DepthScores.summarize([depth_scores([(prediction, sparse), full], (0, 1)).state])
         assert (found["images"], found["skipped"]) == (2 - skipped, skipped)
 
 
 def test_depth_without_any_measured_pixel_is_an_error():
     with pytest.raises(ValueError, match="none of the 1 images"):
-        DepthScores.summarise([depth_scores([(np.ones((6, 7)), np.zeros((6, 7)))], [0]).state])
+        DepthScores.summarize([depth_scores([(np.ones((6, 7)), np.zeros((6, 7)))], [0]).state])
 
 
 # --- segmentation: loss and metric --------------------------------------------------------------------------
@@ -354,7 +349,7 @@ def test_miou_equals_scikit_learns():
         scores.add(index, prediction, mask)
         truth += mask[mask != 255].tolist()
         predicted += prediction[mask != 255].tolist()
-    found = scores.summarise([scores.state])
+    found = scores.summarize([scores.state])
     expected = jaccard_score(truth, predicted, labels=range(nclass), average=None)
     assert found["iou"] == pytest.approx((100 * expected).tolist(), rel=1e-12)
     assert found["miou"] == pytest.approx(100 * expected.mean(), rel=1e-12)
@@ -370,7 +365,7 @@ def test_miou_does_not_depend_on_the_number_of_ranks():
             scores.add(index, *images[index])
         return scores.state
 
-    assert SegmentationScores.summarise([state((0, 1, 2))]) == SegmentationScores.summarise(
+    assert SegmentationScores.summarize([state((0, 1, 2))]) == SegmentationScores.summarize(
         [state((0, 2)), state((1,))]
     )
 
@@ -379,7 +374,7 @@ def test_a_class_that_never_occurs_has_no_share_in_the_mean():
     scores = SegmentationScores(3)
     mask = torch.tensor([[0, 1], [1, 1]], dtype=torch.uint8)
     scores.add(0, torch.tensor([[0, 1], [0, 1]]), mask)
-    found = scores.summarise([scores.state])
+    found = scores.summarize([scores.state])
     assert found["iou"] == pytest.approx([50.0, 200 / 3, None])
     assert found["miou"] == pytest.approx((50 + 200 / 3) / 2)
 
@@ -388,7 +383,7 @@ def test_masks_without_any_scored_pixel_are_an_error():
     scores = SegmentationScores(3)
     scores.add(0, torch.zeros(2, 2, dtype=torch.int64), torch.full((2, 2), 255, dtype=torch.uint8))
     with pytest.raises(ValueError, match="nothing to score"):
-        scores.summarise([scores.state])
+        scores.summarize([scores.state])
 
 
 # --- learning rate ------------------------------------------------------------------------------------------

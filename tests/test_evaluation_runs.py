@@ -10,28 +10,25 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-import yaml
-from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "evaluation"))
-
 import collect_results
 import dense
 import eval_monodepth
 import eval_semseg
+import numpy as np
+import pytest
+import torch
+import yaml
 from eval_monodepth import DepthConfig
 from eval_semseg import SegmentationConfig
+from PIL import Image
 
 import pixio
-from pixio.data.scene_trees import write_tree
-from pixio.data.scenes import render
 from pixio.engine.checkpoint import Checkpoints
 from pixio.engine.config import parse
 from pixio.engine.runtime import Runtime
 from pixio.engine.step import NonFiniteLoss
+from pixio.synthetic.scenes import render
+from pixio.synthetic.trees import write_tree
 
 EVALUATION = Path(eval_semseg.__file__).parent
 TINY = """

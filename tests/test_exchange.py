@@ -19,10 +19,12 @@ from torch.export import Dim
 from transformers import AutoBackbone, AutoImageProcessor, AutoModel, PixioBackbone, PixioModel
 
 import pixio
-from pixio import PixioViT, layouts
-from pixio.data.transforms import load_image, normalise
-from pixio.exchange import ONNX_OUTPUTS, convert, timm_arguments
-from pixio.registry import read_model
+from pixio import PixioViT
+from pixio.images.crops import load_image
+from pixio.images.normalization import normalize
+from pixio.models.registry import read_model
+from pixio.weights import key_mapping
+from pixio.weights.export import ONNX_OUTPUTS, convert, timm_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"img_size": 64, "embed_dim": 48, "depth": 4, "num_heads": 3}
@@ -151,7 +153,7 @@ def test_backbone_options_have_native_equivalents(model, folder, norm, reshape):
 
 def test_image_processor_prepares_images_as_we_do(folder, photo, tmp_path):
     photo.save(tmp_path / "photo.png")
-    ours = normalise(load_image(tmp_path / "photo.png", size=64))
+    ours = normalize(load_image(tmp_path / "photo.png", size=64))
     theirs = AutoImageProcessor.from_pretrained(folder)(images=photo, return_tensors="pt")["pixel_values"]
     assert (ours - theirs).abs().max() < 2.5 / 255 / 0.224  # both round to whole grey levels
 
@@ -283,7 +285,7 @@ def test_onnx_gives_the_native_numbers(model, exchanged, tmp_path, limits, decla
 
 
 def test_large_onnx_models_keep_their_weights_beside_them(exchanged, tmp_path, monkeypatch):
-    monkeypatch.setattr(pixio.exchange, "_ONNX_INLINE", 1000)
+    monkeypatch.setattr(pixio.weights.export, "_ONNX_INLINE", 1000)
     limits = {"batch": 1, "size": (64, 64)}
     convert(exchanged / "encoder.pth", tmp_path / "encoder.onnx", "onnx", num_heads=3, **limits)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder.onnx", "encoder.onnx.data"]
@@ -343,11 +345,11 @@ def test_a_source_that_is_no_encoder_is_not_converted(model, tmp_path):
 
 
 def test_transformers_names_are_renamed_without_a_remainder(model):
-    state = layouts.to_transformers(model.state_dict())
-    assert layouts.is_transformers(state)
-    assert layouts.from_transformers(state).keys() == model.state_dict().keys()
+    state = key_mapping.to_transformers(model.state_dict())
+    assert key_mapping.is_transformers(state)
+    assert key_mapping.from_transformers(state).keys() == model.state_dict().keys()
     with pytest.raises(ValueError, match="mixes two layouts"):
-        layouts.from_transformers(state | {"layers.0.layernorm_before.weight": torch.zeros(48)})
+        key_mapping.from_transformers(state | {"layers.0.layernorm_before.weight": torch.zeros(48)})
 
 
 # --- the native interface
@@ -400,7 +402,7 @@ def test_checkpointed_gradients_equal_plain_ones_and_activations_are_not_kept():
 
 
 def test_3d_adaptor_gives_the_normed_map_and_the_class_tokens(model, exchanged):
-    from pixio.uniception import EncoderInput, PixioEncoder
+    from pixio.models.uniception import EncoderInput, PixioEncoder
 
     encoder = PixioEncoder("pixio_vitpico16", "pixio", exchanged / "encoder.pth", True, **SIZES).eval()
     assert (encoder.patch_size, encoder.enc_embed_dim, encoder.data_norm_type) == (16, 48, "pixio")
@@ -416,10 +418,10 @@ def test_3d_adaptor_gives_the_normed_map_and_the_class_tokens(model, exchanged):
 
 
 def test_3d_adaptor_refuses_other_normalisations():
-    from pixio.uniception import EncoderInput, PixioEncoder
+    from pixio.models.uniception import EncoderInput, PixioEncoder
 
     encoder = PixioEncoder("pixio_vitpico16")
-    with pytest.raises(ValueError, match="normalised as 'dust3r', the encoder expects 'dinov2'"):
+    with pytest.raises(ValueError, match="normalized as 'dust3r', the encoder expects 'dinov2'"):
         encoder(EncoderInput(image=torch.zeros(1, 3, 64, 64), data_norm_type="dust3r"))
     with pytest.raises(ValueError, match="wants the ImageNet statistics"):
         PixioEncoder("pixio_vitpico16", data_norm_type="dust3r")
@@ -441,8 +443,8 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 warnings.simplefilter("ignore")  # torch remarks on the lack of numpy
-import torch, pixio, pixio.uniception
-from pixio.exchange import convert
+import torch, pixio, pixio.models.uniception
+from pixio.weights.export import convert
 
 source, root, timm_file, safe_file = sys.argv[1:]
 images = torch.zeros(1, 3, 64, 64)

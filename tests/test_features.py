@@ -17,11 +17,12 @@ from PIL import Image
 from safetensors import safe_open
 
 import pixio
-from pixio import features
-from pixio.data.transforms import load_image, normalise
 from pixio.engine.runtime import Runtime
-from pixio.features import Extractor, Recipe, find_images, write_file, write_folder
-from pixio.inputs import FITS, Transform
+from pixio.features import extraction as features
+from pixio.features.extraction import Extractor, Recipe, find_images, write_file, write_folder
+from pixio.images.crops import load_image
+from pixio.images.inference import FITS, Transform
+from pixio.images.normalization import normalize
 
 CPU = Runtime(torch.device("cpu"))
 SIZES = [(40, 64), (64, 40), (40, 64), (30, 30), (64, 64)]  # height, width
@@ -67,7 +68,7 @@ def read(folder):
 # ------------------------------------------------------------------------------------------------- inputs
 def test_a_square_is_what_the_released_models_were_evaluated_on(folder):
     path = folder / "0.png"
-    torch.testing.assert_close(pixio.transform(48)(path), normalise(load_image(path, 48)))
+    torch.testing.assert_close(pixio.transform(48)(path), normalize(load_image(path, 48)))
 
 
 def test_file_bytes_image_and_array_are_the_same_input(folder):
@@ -81,7 +82,7 @@ def test_padding_keeps_the_pixels_and_adds_nearly_nothing_right_and_below():
     pixels = photo(40, 50)
     images, placement = Transform(None, "pad").placed(pixels)
     assert images.shape == (1, 3, 48, 64)
-    kept = normalise(torch.from_numpy(pixels).permute(2, 0, 1))
+    kept = normalize(torch.from_numpy(pixels).permute(2, 0, 1))
     torch.testing.assert_close(images[0, :, :40, :50], kept, rtol=0, atol=0)
     images[:, :, :40, :50] = 0
     assert images.abs().max() < 0.01

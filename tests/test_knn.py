@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import eval_knn
+import feature_bank
 import numpy as np
 import pytest
 import torch
@@ -16,12 +18,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "evaluation"))
+from pixio.features import knn
 
-import eval_knn  # noqa: E402
-import feature_bank  # noqa: E402
-import knn  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
+
 
 CPU = torch.device("cpu")
 FLAGS = "--model pixio_vitpico16 --input_size 32 --dtype fp32 --device cpu --num_workers 0 --nb_knn 1 3 10"
@@ -171,8 +171,8 @@ def reference(data: Path, block: int, pool) -> tuple[np.ndarray, list[str], np.n
     """Embeddings and classes of both splits, one image at a time, with torchvision's transforms."""
     from torchvision.transforms import v2
 
-    from pixio.adaptors import load_encoder
-    from pixio.data import IMAGENET_MEAN, IMAGENET_STD
+    from pixio.images.normalization import IMAGENET_MEAN, IMAGENET_STD
+    from pixio.models.external import load_encoder
 
     transform = v2.Compose(
         [
@@ -231,7 +231,8 @@ def test_every_block_is_measured_in_one_pass_with_a_plot(data, tmp_path):
 RANK = """
 import sys
 sys.path.insert(0, {evaluation!r})
-import eval_knn, feature_bank, knn
+import eval_knn, feature_bank
+from pixio.features import knn
 feature_bank.PART = eval_knn.QUERIES = knn.QUERIES = 4
 eval_knn.main()
 """

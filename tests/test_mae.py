@@ -1,4 +1,4 @@
-"""The masked autoencoder: loss against a plain re-computation, gradients, initialisation, decoder."""
+"""The masked autoencoder: loss against a plain re-computation, gradients, initialization, decoder."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 
 import pixio
 from pixio import PixioMAE, PixioViT
-from pixio.mae import patchify, unpatchify
+from pixio.models.mae import patchify, unpatchify
 
 
 def small_mae(**options) -> PixioMAE:
@@ -19,7 +19,7 @@ def small_mae(**options) -> PixioMAE:
     )
 
 
-def loss_in_float64(images, pred, mask, p, normalise):
+def loss_in_float64(images, pred, mask, p, normalize):
     """Patch by patch, in plain numpy loops."""
     images, pred, mask = (x.detach().double().numpy() for x in (images, pred, mask))
     errors, columns = [], images.shape[3] // p
@@ -27,19 +27,19 @@ def loss_in_float64(images, pred, mask, p, normalise):
         i, j = divmod(n, columns)
         patch = images[b, :, i * p : (i + 1) * p, j * p : (j + 1) * p]
         target = np.array([patch[k, r, c] for r in range(p) for c in range(p) for k in range(patch.shape[0])])
-        if normalise:
+        if normalize:
             target = (target - target.mean()) / np.sqrt(target.var(ddof=1) + 1e-6)
         errors.append(((pred[b, n] - target) ** 2).mean())
     return np.mean(errors)
 
 
-@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("size", [(64, 64), (64, 96)])
-def test_loss_equals_a_float64_recomputation(normalise, size):
-    mae = small_mae(norm_pix_loss=normalise)
+def test_loss_equals_a_float64_recomputation(normalize, size):
+    mae = small_mae(norm_pix_loss=normalize)
     images = torch.randn(3, 3, *size) * 2 + 0.5
     out = mae(images, mask_ratio=0.5)
-    expected = loss_in_float64(images, out.pred, out.mask, 16, normalise)
+    expected = loss_in_float64(images, out.pred, out.mask, 16, normalize)
     assert out.loss.item() == pytest.approx(expected, rel=1e-5)
     assert out.mask.sum(dim=1).tolist() == [size[0] * size[1] / 512] * 3
 
@@ -99,7 +99,7 @@ def test_patch_vectors_are_row_column_channel_and_the_inverse_is_exact():
     assert torch.equal(unpatchify(patches, 16, (2, 3)), images)
 
 
-def test_the_decoder_is_initialised_like_the_encoder():
+def test_the_decoder_is_initialized_like_the_encoder():
     torch.manual_seed(0)
     mae = pixio.pixio_vits16_enc384x12h6_dec256x4h8()
     layers = [

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pixio.masking import block_mask, cell_grid, count_kept, split_patches
+from pixio.models.masking import block_mask, cell_grid, count_kept, split_patches
 
 
 @st.composite

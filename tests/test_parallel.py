@@ -1,7 +1,6 @@
 """Copies, shards, or one process: the same losses, and checkpoints that any of them goes on from."""
 
 import os
-import sys
 import weakref
 from pathlib import Path
 
@@ -10,22 +9,22 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
+from students import Batch, Objective, Student, StudentTrainer
+from teachers import teacher_tokens
 from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pixio
+from pixio.cli.plan import describe, make_plan
 from pixio.engine.checkpoint import Checkpoints, fetch, read_checkpoint, restore
 from pixio.engine.optim import make_adamw
 from pixio.engine.runtime import Ranks, Runtime, make_mesh, shard, start_runtime
 from pixio.engine.step import accumulate
-from pixio.plan import describe, make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "distillation"))
-from students import Batch, Learner, Lesson, Student  # noqa: E402
-from teachers import teacher_tokens  # noqa: E402
+
 
 STEPS, SAVED = 10, 5
 IMAGES = 8  # of a step, over all ranks
@@ -82,8 +81,8 @@ def distil(runtime: Runtime) -> list[float]:
     runtime.wrap(teacher)
     encoder = pixio.create_model("pixio_vitpico16", img_size=64)
     losses = {"loss_fn_cls": "cosine", "loss_fn_patch": "mse", "loss_fuse": "avg"}
-    lesson = Lesson(encoder.grid, 0.5, 2, losses)
-    learner = Learner("pico", Student(encoder, teacher.embed_dim), lesson, 1e-3, runtime, 0.05)
+    lesson = Objective(encoder.grid, 0.5, 2, losses)
+    learner = StudentTrainer("pico", Student(encoder, teacher.embed_dim), lesson, 1e-3, runtime, 0.05)
     found = []
     for step in range(STEPS):
         images, noise = step_data(step, runtime)

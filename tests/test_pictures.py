@@ -14,13 +14,13 @@ from PIL import Image
 from sklearn.decomposition import PCA
 
 import pixio
-from pixio import pictures
+from pixio.cli import visualize as pictures
+from pixio.cli.report import write_report
 from pixio.engine.checkpoint import Checkpoints
 from pixio.engine.runtime import Runtime
-from pixio.inputs import Transform
-from pixio.mae import MAEOutput, patch_statistics, patchify
-from pixio.maps import pca_colours, similarity
-from pixio.report import write_report
+from pixio.features.pca import pca_colors, similarity
+from pixio.images.inference import Transform
+from pixio.models.mae import MAEOutput, patch_statistics, patchify
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +44,9 @@ def features(*sizes, width=12, seed=0):
 
 
 # ---------------------------------------------------------------------------------------------------- maps
-def test_pca_colours_are_the_first_three_components_of_all_images_together():
+def test_pca_colors_are_the_first_three_components_of_all_images_together():
     maps = features((5, 7), (8, 4))
-    colours = pca_colours(maps)
+    colours = pca_colors(maps)
     patches = torch.cat([m.flatten(1).T for m in maps]).numpy()
     oracle = PCA(3).fit(patches)
     assert colours.explained == pytest.approx(oracle.explained_variance_ratio_.sum(), rel=1e-4)
@@ -61,7 +61,7 @@ def test_pca_colours_are_the_first_three_components_of_all_images_together():
 def test_a_patch_has_its_colour_whichever_image_it_is_in():
     first, second = features((6, 6), (6, 6))
     second[:, 2, 3] = first[:, 4, 1]
-    colours = pca_colours([first, second]).maps
+    colours = pca_colors([first, second]).maps
     torch.testing.assert_close(colours[0][:, 4, 1], colours[1][:, 2, 3])
 
 
@@ -72,14 +72,14 @@ def test_foreground_is_what_differs_most_and_keeps_off_the_border(sign):
     for m, place in zip(maps, inside, strict=True):
         place[2:6, 2:5] = True
         m[3, place] += sign * 60.0
-    colours = pca_colours(maps, foreground=True)
+    colours = pca_colors(maps, foreground=True)
     assert all(torch.equal(found, place) for found, place in zip(colours.foreground, inside, strict=True))
-    assert all(place.all() for place in pca_colours(maps).foreground)
+    assert all(place.all() for place in pca_colors(maps).foreground)
 
 
 def test_too_few_patches_for_a_pca_are_explained():
     with pytest.raises(ValueError, match="3 patches are too few for 3 components"):
-        pca_colours(features((1, 3)))
+        pca_colors(features((1, 3)))
 
 
 def test_similarity_is_the_cosine_of_each_token_and_patch():

@@ -1,6 +1,5 @@
 """Pre-training from the command to the files it leaves: every kind of data, kills, ranks, scripts."""
 
-import importlib.util
 import json
 import os
 import shlex
@@ -10,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import main_pretrain
 import numpy as np
 import pytest
 import torch
@@ -17,28 +17,17 @@ import torch.multiprocessing as mp
 from PIL import Image
 
 import pixio
-from pixio.data.scene_trees import write_tree
 from pixio.engine import signals
 from pixio.engine.checkpoint import Checkpoints, fetch, read_checkpoint
 from pixio.engine.runtime import Runtime, start_runtime
 from pixio.engine.step import accumulate
+from pixio.synthetic.trees import write_tree
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "pixio_vitpico16_enc128x6h4_dec128x2h4"
 TINY = f"--model {MODEL} --input_size 64 --mask_grid 2 --batch_size 4 --dtype fp32 --drop_path 0.1 --lr 1e-3"
 SHORT = "--epochs 3 --iters_per_epoch 2 --warmup_epochs 1 --log_freq 1"
 SHORT += " --save_steps 2 --save_freq 0 --num_workers 0"
-
-
-def load_main():
-    spec = importlib.util.spec_from_file_location("main_pretrain", ROOT / "pretraining" / "main_pretrain.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["main_pretrain"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-main_pretrain = load_main()
 
 
 def run(*flags: str) -> None:

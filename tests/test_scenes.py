@@ -16,9 +16,10 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from pixio.data import scene_trees, scenes
-from pixio.data.scene_trees import KITTI_DEPTH_SCALE, LAYOUTS, write_tree
-from pixio.data.scenes import CLASS_NAMES, LABEL_NAMES, Primitive, World, compose, label_of, render
+from pixio.synthetic import scenes
+from pixio.synthetic import trees as scene_trees
+from pixio.synthetic.scenes import CLASS_NAMES, LABEL_NAMES, Primitive, World, compose, label_of, render
+from pixio.synthetic.trees import KITTI_DEPTH_SCALE, LAYOUTS, write_tree
 
 # --------------------------------------------------------------------------- the scene
 

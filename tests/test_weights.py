@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import pixio
 from pixio import PixioViT
-from pixio.exchange import convert
+from pixio.weights.export import convert
 
 OPTIONS = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 3, "n_cls_tokens": 3}
 NAME = "pixio_vitx16_enc48x2h3_dec32x2h2"
@@ -75,9 +75,9 @@ def test_half_precision_files_become_float32(mae, tmp_path):
 
 def test_weights_are_mapped_and_never_copied(mae, tmp_path, monkeypatch):
     torch.save(mae.encoder.state_dict(), tmp_path / "encoder.pth")
-    read = pixio.weights.read_file
+    read = pixio.weights.reading.read_file
     seen = {}
-    monkeypatch.setattr(pixio.weights, "read_file", lambda path: seen.setdefault("state", read(path)))
+    monkeypatch.setattr(pixio.weights.reading, "read_file", lambda path: seen.setdefault("state", read(path)))
     model = small_encoder(tmp_path / "encoder.pth")
     for name, parameter in model.named_parameters():
         assert parameter.data_ptr() == seen["state"][name].data_ptr(), name
@@ -360,7 +360,7 @@ def test_a_broken_json_file_is_named(folder, name, text):
 
 
 def test_a_huge_json_file_is_not_read(folder, monkeypatch):
-    monkeypatch.setattr(pixio.weights, "_MAX_JSON", 100)
+    monkeypatch.setattr(pixio.weights.reading, "_MAX_JSON", 100)
     with pytest.raises(ValueError, match=r"config.json cannot be read as JSON: [\d,]+ bytes, at most 100"):
         pixio.from_pretrained(folder)
 

@@ -87,7 +87,7 @@ class DepthScores:
         self.state[index] = depth_metrics(prediction, truth) if len(truth) >= MIN_PIXELS else None
 
     @staticmethod
-    def summarise(states: list[dict[int, dict[str, float] | None]]) -> dict[str, float | int]:
+    def summarize(states: list[dict[int, dict[str, float] | None]]) -> dict[str, float | int]:
         """The mean metrics over the images of all ranks, the same for any number of them.
 
         Returns:

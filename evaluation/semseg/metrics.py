@@ -43,7 +43,7 @@ class SegmentationScores:
         self.state["images"] += 1
 
     @staticmethod
-    def summarise(states: list[dict]) -> dict[str, float | int | list[float | None]]:
+    def summarize(states: list[dict]) -> dict[str, float | int | list[float | None]]:
         """Intersection over union from the sums over the images of all ranks.
 
         Returns:

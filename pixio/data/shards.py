@@ -21,7 +21,7 @@ from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
-from pixio.data.transforms import DamagedDataError
+from pixio.images.decoding import DamagedDataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_BYTES = 1 << 29  # of one encoded image; what is larger is no photograph
@@ -180,7 +180,7 @@ class SceneShard:
 
     @contextmanager
     def open(self, number: int) -> Iterator[Source]:
-        from pixio.data.scenes import render
+        from pixio.synthetic.scenes import render
 
         first = FIRST_SCENE + (number * SCENE_CHUNKS + self.index) * SCENE_CHUNK
         entries = [Entry(str(seed)) for seed in range(first, first + SCENE_CHUNK)]

@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,44 +28,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from pixio.engine.runtime import GIB, Runtime
-from pixio.engine.storage import Stored, check_parts, check_sum, file_of, read_tensors, write_tensors
+from pixio.engine.storage import Stored, check_parts, checksum, file_of, read_tensors, write_tensors
+from pixio.files import fsync_folder, write_atomic
 
 _CHECKPOINT = re.compile(r"step_(\d{8,})(?:-(\d+))?")
 _POINTER, _VALUES = "latest", "state.pt"
-
-
-def write_atomic(path: str | os.PathLike, writer: Callable[[BinaryIO], object]) -> None:
-    """Write a file that is never seen incomplete: `writer(file)` fills another, which then takes its name.
-
-    Args:
-        path: the file to make or replace; its folder exists.
-        writer: called once with the binary file to write to.
-
-    Raises:
-        OSError: the disk refused; `path` is what it was and nothing is left beside it.
-    """
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(aside, "wb") as file:
-            writer(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    _bring_names_to_disk(path.parent)
-
-
-def _bring_names_to_disk(folder: Path) -> None:
-    """A new or changed name must reach the disk too; not every system can do that."""
-    if hasattr(os, "O_DIRECTORY"):
-        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
 
 
 def read_checkpoint(path: str | os.PathLike, verify: slice = slice(None)) -> dict[str, Any]:
@@ -98,7 +65,7 @@ def read_checkpoint(path: str | os.PathLike, verify: slice = slice(None)) -> dic
             file = file_of(path, name)
             if (found := file.stat().st_size) != size:
                 raise ValueError(f"{name} has {found:,} of {size:,} bytes")
-            if check_sum(file) != crc:
+            if checksum(file) != crc:
                 raise ValueError(f"wrong check sum of {name}")
         names = [name for name, _, _ in files]
 
@@ -140,7 +107,7 @@ def fetch(value: Any) -> Any:
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
     """Load "model" and "optimizer" of a checkpoint in place; of what is in shards each rank reads its own.
 
-    Of the optimiser what it has gathered, not its settings: those are this run's.
+    Of the optimizer what it has gathered, not its settings: those are this run's.
 
     Raises:
         ValueError: the checkpoint is of another model, or cannot be read.
@@ -153,14 +120,14 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[s
     groups = optimizer.state_dict()["param_groups"]
     if (before := [g["params"] for g in saved["optimizer"]["param_groups"]]) != [g["params"] for g in groups]:
         raise ValueError(
-            f"the checkpoint's optimiser has groups of {', '.join(str(len(group)) for group in before)} "
+            f"the checkpoint's optimizer has groups of {', '.join(str(len(group)) for group in before)} "
             f"parameters, expected {', '.join(str(len(group['params'])) for group in groups)}"
         )
     targets = [(tensors[name], stored) for name, stored in saved["model"].items()]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def make_room(parameter: Tensor, stored: Stored) -> Tensor:
-        alike = stored.shape == parameter.shape  # else a count of steps, which the optimiser puts into place
+        alike = stored.shape == parameter.shape  # else a count of steps, which the optimizer puts into place
         if not alike and stored.shape:
             raise ValueError(
                 f"{stored.folder}: {stored.name} is {tuple(stored.shape)}, expected {tuple(parameter.shape)}"
@@ -214,7 +181,7 @@ class Checkpoints:
         """Write `state` and `{"step": step}`, point to it, then remove what need not be kept.
 
         Args:
-            step: optimiser steps taken so far.
+            step: optimizer steps taken so far.
             state: tensors (shards too), numbers, text, and dictionaries, lists and tuples of them.
             exports: further files to make, before the checkpoint is pointed to; each function is called on
                 rank 0 with what `read_checkpoint` gives, and returns the part that is written, fetched.
@@ -325,7 +292,7 @@ class Checkpoints:
                 break
             path = self.folder / f"step_{step:08d}-{attempt}"
         os.replace(aside, path)
-        _bring_names_to_disk(self.folder)  # before the pointer can be there
+        fsync_folder(self.folder)  # before the pointer can be there
         write_atomic(self.folder / _POINTER, lambda file: file.write(path.name.encode() + b"\n"))
 
         # Later ones, if any, belong to a future somebody went back from: they are not ours to judge.

@@ -23,7 +23,7 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from pixio.engine.checkpoint import write_atomic
+from pixio.files import write_atomic
 
 Config = TypeVar("Config")
 

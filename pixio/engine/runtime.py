@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from pixio.engine import signals
-from pixio.engine.meeting import Watch, meet
+from pixio.engine.rendezvous import Watch, meet
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GIB = 2**30
@@ -93,7 +93,7 @@ class Runtime:
         """Move `model` to the device and make its gradients the mean over ranks; rank 0's weights reach all.
 
         Only parameters that require a gradient now take part: wrap again after freezing or thawing some. With
-        a mesh the parameters of `model` itself become shards (so make the optimiser afterwards).
+        a mesh the parameters of `model` itself become shards (so make the optimizer afterwards).
 
         Args:
             model: its blocks, the members of its module lists, are what is sharded and recomputed one by one.

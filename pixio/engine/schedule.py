@@ -7,7 +7,7 @@ def warmup_cosine(step: int, base_lr: float, min_lr: float, warmup_steps: int, t
     """Learning rate of a step (the first is 0): linear from 0 to `base_lr`, half a cosine to `min_lr`.
 
     Args:
-        step: optimiser steps taken so far; from `total_steps` on the rate stays at `min_lr`.
+        step: optimizer steps taken so far; from `total_steps` on the rate stays at `min_lr`.
         base_lr: the peak, reached at `warmup_steps`.
         min_lr: the end, reached at `total_steps`.
         warmup_steps: 0 starts at the peak.
@@ -28,7 +28,7 @@ def poly(step: int, base_lr: float, warmup_steps: int, total_steps: int, power: 
     """Learning rate of a step (the first is 0): linear from 0 to `base_lr`, then a polynomial down to 0.
 
     Args:
-        step: optimiser steps taken so far; from `total_steps` on the rate is 0.
+        step: optimizer steps taken so far; from `total_steps` on the rate is 0.
         base_lr: the peak, reached at `warmup_steps`.
         warmup_steps: 0 starts at the peak.
         total_steps: steps of the whole run, warm-up included.

@@ -26,7 +26,7 @@ class Stopped(SystemExit):
 
 
 @contextmanager
-def heed_signals() -> Iterator[None]:
+def defer_signals() -> Iterator[None]:
     """Inside, the signals are only noted, for `received`; forked processes (data workers) never see them."""
     global _heeding
     before, outer = {number: signal.signal(number, _note) for number in _SIGNALS}, _heeding

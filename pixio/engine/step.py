@@ -1,4 +1,4 @@
-"""One optimiser step: gradients accumulated over micro batches, checked on every rank, then applied.
+"""One optimizer step: gradients accumulated over micro batches, checked on every rank, then applied.
 
 `accumulate` does it for one model. Models that learn side by side take the halves, `compute_gradients` for
 each and one `apply_gradients` for all, so that either all of them take a step or none.
@@ -68,7 +68,7 @@ def accumulate(
     loss_fn: Callable[[nn.Module, Any], Tensor],
     clip_grad: float | None = None,
 ) -> StepResult:
-    """Take one optimiser step with the mean gradient over `micro_batches` and ranks.
+    """Take one optimizer step with the mean gradient over `micro_batches` and ranks.
 
     Args: those of `compute_gradients` and `apply_gradients`.
 
@@ -95,7 +95,7 @@ def compute_gradients(
     Args:
         model: what `runtime.wrap` returned.
         optimizer: its parameters are those measured, and later clipped and changed.
-        scaler: from `runtime.make_scaler`, one for each optimiser.
+        scaler: from `runtime.make_scaler`, one for each optimizer.
         micro_batches: equally large, or the mean is not that of their samples.
         loss_fn: `loss_fn(model, micro_batch)` is a scalar mean; it runs under autocast.
 
@@ -127,7 +127,7 @@ def compute_gradients(
 def apply_gradients(
     runtime: Runtime, gradients: Mapping[str, Gradients], clip_grad: float | None = None
 ) -> dict[str, StepResult]:
-    """Let every model take its optimiser step, or, where one has met a non-finite number, none of them.
+    """Let every model take its optimizer step, or, where one has met a non-finite number, none of them.
 
     Before anything changes the ranks agree that all is finite, which reads one number from the device;
     nothing else waits for it (fp16's scalers read one more each).

@@ -129,7 +129,7 @@ def write_safetensors(
     path.chmod(mode)
 
 
-def check_sum(path: Path) -> int:
+def checksum(path: Path) -> int:
     """CRC-32 of a file."""
     crc = 0
     with open(path, "rb") as file:
@@ -240,7 +240,7 @@ class _Writer(dcp.StorageWriter):
             write_safetensors(tensors, path)
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
-            written = _Written(path.name, path.stat().st_size, check_sum(path), parts)
+            written = _Written(path.name, path.stat().st_size, checksum(path), parts)
             results.append(WriteResult(MetadataIndex(path.name), written.bytes, written))
         future = Future()
         future.set_result(results)

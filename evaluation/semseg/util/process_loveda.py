@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a fil
 from semseg.data import drop_zero, read_mask
 from semseg.metrics import IGNORE
 
-from pixio.engine.checkpoint import write_atomic
+from pixio.files import write_atomic
 
 NCLASS = 7
 

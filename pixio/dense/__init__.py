@@ -1,0 +1,1 @@
+"""From frozen features to depth maps and masks: heads and sliding windows."""

@@ -1,0 +1,242 @@
+"""One launcher for every training program: `sbatch` through submitit, and what keeps a job alive.
+
+A job is a script and its arguments. SLURM warns it with SIGUSR2 before a time limit or a preemption: the
+program finishes its step, saves and leaves (`pixio.engine.signals`), and the job puts itself back into the
+queue. A job that fails is queued again too, if it has saved something since it started; one that comes no
+further than before is not. The next attempt resumes by itself: its arguments, and so its output folder, are
+the same.
+"""
+
+import dataclasses
+import os
+import runpy
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+import pixio
+from pixio.engine.config import option
+from pixio.engine.signals import STOPPED, WARNING, defer_signals, received
+
+_NOT_CODE = ("__pycache__", ".*")
+_NOT_PROGRAMS = (*_NOT_CODE, "runs", "slurm", "data")  # of the folder of a program; `pixio.data` is code
+_LEFT_BY_SHELLS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
+# A warning that comes while Python starts would end the process: it waits until the program can heed it.
+_HOLD_BACK = "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2]); "
+_HOLD_BACK += "os.execv(sys.argv[1], sys.argv[1:])"
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Base of what a launcher reads, beside the options of the program that it starts.
+
+    What is left at "none" is the cluster's default, which `SBATCH_PARTITION`, `SBATCH_ACCOUNT`, `SBATCH_QOS`
+    and `SBATCH_CONSTRAINT` in the environment set for every job.
+    """
+
+    job_dir: str = option("runs/%j", "logs, and the program's --output_dir; %j is the number of the job")
+    job_name: str = option("pixio", "name in the queue")
+    ngpus: int = option(8, "GPUs per node, each with its own process")
+    nodes: int = option(1, "machines")
+    timeout: int = option(4320, "time limit in minutes; a run that needs longer is queued again")
+    partition: str | None = option(None, "SLURM partition")
+    account: str | None = option(None, "SLURM account")
+    qos: str | None = option(None, "SLURM quality of service")
+    comment: str | None = option(None, "comment for the scheduler")
+    constraint: str | None = option(None, "features the nodes must have")
+    exclude: str | None = option(None, "nodes to avoid")
+    cpus_per_task: int = option(10, "CPU cores per process")
+    mem_gb: float | None = option(None, "memory per node in GB")
+    warning: int = option(300, "seconds before the time limit at which the run is told to save and leave")
+    slurm: tuple[str, ...] = option((), "any further sbatch options: reservation=big exclusive")
+    snapshot: bool = option(False, "run a copy of the code, so that later edits do not reach a queued job")
+    local: bool = option(False, "start the processes on this machine, without SLURM, and wait for them")
+    dry_run: bool = option(False, "print the sbatch script and submit nothing")
+
+    def __post_init__(self) -> None:
+        parent = super()
+        if hasattr(parent, "__post_init__"):  # of the program
+            parent.__post_init__()
+        for name in ("ngpus", "nodes", "timeout", "cpus_per_task"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, found {getattr(self, name)}")
+        if not 0 < self.warning < 60 * self.timeout:
+            raise ValueError(
+                f"--warning {self.warning} (seconds) must lie within the time limit, --timeout "
+                f"{self.timeout} (minutes): choose 1 to {60 * self.timeout - 1}"
+            )
+        if self.local and self.nodes > 1:
+            raise ValueError(f"--local starts processes on one machine, not on {self.nodes}: add --nodes 1")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process of the job runs: a program, as if from the command line."""
+
+    script: str
+    arguments: tuple[str, ...]
+
+    def __call__(self) -> None:
+        requeue = signal.getsignal(WARNING)  # submitit's: it would leave at once, in the middle of a step
+        with defer_signals():
+            for name in _LEFT_BY_SHELLS:
+                os.environ.pop(name, None)  # every attempt finds its own meeting place
+            number = submitit.JobEnvironment().job_id
+            sys.argv = [self.script, *(word.replace("%j", number) for word in self.arguments)]
+            sys.path.insert(0, str(Path(self.script).parent))
+            try:
+                runpy.run_path(self.script, run_name="__main__")
+            except SystemExit as end:
+                if end.code != STOPPED or not received(WARNING):
+                    raise
+                requeue(WARNING, None)  # rank 0 leaves here; the others end as if all were done
+        signal.signal(WARNING, signal.SIG_IGN)  # what is finished need not run again
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """What submitit queues: the same again."""
+        return submitit.helpers.DelayedSubmission(self)
+
+
+class _SlurmExecutor(submitit.SlurmExecutor):
+    @classmethod
+    def affinity(cls) -> int:
+        return 1  # a script can be written where no SLURM is
+
+
+def launch(config: LaunchConfig, script: Path) -> None:
+    """Submit `script`, a training program, or with --local run it; prints where the job is and its log.
+
+    Args:
+        config: of a class that inherits from `LaunchConfig` and from the configuration of the program.
+        script: the program; it saves below `checkpoints/` in its --output_dir.
+    """
+    if not config.local and not config.dry_run and not shutil.which("sbatch"):
+        sys.exit(
+            "error: no SLURM here (sbatch not found): add --local --nodes 1 to run on this machine, "
+            "or --dry_run to see what would be submitted"
+        )
+    folder = Path(config.job_dir).absolute()
+    setup = []
+    if config.snapshot:
+        root = submitit.core.utils.JobPaths.get_first_id_independent_folder(folder)
+        script = _copy_code(root, script, pretend=config.dry_run)
+        path = f"{shlex.quote(str(script.parents[1]))}${{PYTHONPATH:+:$PYTHONPATH}}"
+        # a safe path begins with the copy even where the job starts in the repository (Python 3.11 and later)
+        setup.append(f"export PYTHONSAFEPATH=1 PYTHONPATH={path}")
+    arguments = program_arguments(config)
+    output = next((word.partition("=")[2] for word in arguments if word.startswith("--output_dir=")), None)
+    if output is None:
+        output = str(folder)
+        arguments += (f"--output_dir={output}",)
+    job = Job(str(script.absolute()), arguments)
+    if config.local:
+        _run_here(config, folder, setup, job)
+        return
+
+    python = shlex.join([sys.executable, "-ISc", _HOLD_BACK, sys.executable])
+    executor = _SlurmExecutor(folder, max_num_timeout=sys.maxsize, python=python)
+    executor.update_parameters(**_sbatch_options(config, setup, Path(output).absolute()))
+    if config.dry_run:
+        print(executor._make_submission_file_text(executor._submitit_command_str, ""))
+        return
+    for name in ("partition", "account", "qos", "constraint"):
+        if getattr(config, name) is not None:
+            os.environ.pop(f"SBATCH_{name.upper()}", None)  # sbatch would prefer it to what was asked for
+    try:
+        submitted = executor.submit(job)
+    except submitit.core.utils.FailedJobError as error:
+        sys.exit(f"error: sbatch refused the job: {' '.join(str(error).split())}")
+    print(f"job {submitted.job_id}: log in {submitted.paths.stdout}")
+
+
+def program_arguments(config: LaunchConfig) -> tuple[str, ...]:
+    """The command line of the program: its options that differ from their defaults."""
+    launcher = {field.name for field in dataclasses.fields(LaunchConfig)}
+    words = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in launcher or value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{field.name}" if value else f"--no_{field.name}")
+        elif isinstance(value, tuple):
+            words += [f"--{field.name}", *map(str, value)]
+        else:
+            words.append(f"--{field.name}={'none' if value is None else value}")
+    return tuple(words)
+
+
+def _sbatch_options(config: LaunchConfig, setup: Sequence[str], output: Path) -> dict[str, Any]:
+    """Parameters of submitit's executor, with the shell lines that queue a failed job again."""
+    further = {"requeue": True}
+    for pair in config.slurm:
+        name, equals, value = pair.partition("=")
+        further[name.removeprefix("--")] = value if equals else True
+    pointer = '"$SLURM_JOB_ID"'.join(map(shlex.quote, str(output / "checkpoints" / "latest").split("%j")))
+    saved = f"$(cat {pointer} 2>/dev/null)"
+    options = {
+        "job_name": config.job_name,
+        "nodes": config.nodes,
+        "ntasks_per_node": config.ngpus,
+        "gpus_per_node": config.ngpus,
+        "cpus_per_task": config.cpus_per_task,
+        "time": config.timeout,
+        "mem": config.mem_gb and f"{round(1024 * config.mem_gb)}M",
+        "signal_delay_s": config.warning,
+        "additional_parameters": further,
+        # One lost process would leave the others waiting; newer srun does not take over the job's cores.
+        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={config.cpus_per_task}"],
+        "setup": [*setup, f"saved={saved}"],
+        "teardown": [
+            "status=$?",
+            # 75: stopped from outside; 255: has queued itself again
+            f'if [[ ! $status =~ ^(0|{STOPPED}|255)$ && "{saved}" != "$saved" ]]; then',
+            '    echo "failed with status $status after it had saved: queued again" >&2',
+            "    exec scontrol requeue $SLURM_JOB_ID",
+            "fi",
+            "exit $status",
+        ],
+    }
+    names = ("partition", "account", "qos", "comment", "constraint", "exclude")
+    options |= {name: getattr(config, name) for name in names}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _run_here(config: LaunchConfig, folder: Path, setup: Sequence[str], job: Job) -> None:
+    executor = submitit.LocalExecutor(folder, max_num_timeout=sys.maxsize)
+    executor.update_parameters(
+        tasks_per_node=config.ngpus,
+        gpus_per_node=config.ngpus,
+        timeout_min=config.timeout,
+        signal_delay_s=config.warning,
+        setup=list(setup),
+    )
+    running = executor.submit(job)
+    print(f"job {running.job_id}: log in {running.paths.stdout}", flush=True)
+    while not running.done():
+        time.sleep(0.2)
+    for rank in range(config.ngpus):
+        task = running.task(rank)
+        if not task.paths.result_pickle.exists() or task.exception():
+            log = task.stderr() or ""
+            sys.exit(f"error: rank {rank} failed; {task.paths.stderr} ends with\n{log[-2000:]}")
+
+
+def _copy_code(root: Path, script: Path, pretend: bool) -> Path:
+    """Copy the package and the folder of `script` below `root`; returns the script among them."""
+    if pretend:
+        return root / "code" / "COPY" / script.parent.name / script.name
+    (root / "code").mkdir(parents=True, exist_ok=True)
+    copy = Path(tempfile.mkdtemp(prefix="", dir=root / "code"))
+    for source, left_out in ((Path(pixio.__file__).parent, _NOT_CODE), (script.parent, _NOT_PROGRAMS)):
+        shutil.copytree(source, copy / source.name, ignore=shutil.ignore_patterns(*left_out))
+    return copy / script.parent.name / script.name

@@ -1,0 +1,229 @@
+"""Settings every training program shares: data, optimisation, run, machine; the release's flag names."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pixio.engine.checkpoint import Checkpoints, Interval
+from pixio.engine.config import option, save_config
+from pixio.engine.logger import Log
+from pixio.engine.runtime import Runtime, start_runtime
+from pixio.engine.schedule import warmup_cosine
+from pixio.engine.signals import defer_signals
+from pixio.engine.step import NonFiniteLoss
+from pixio.files import write_atomic
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Base of the programs' configurations. Steps are optimizer steps; epochs are converted here, once."""
+
+    # data
+    dataset_type: Literal["imagenet", "webdataset", "folder", "scenes"] = option(
+        "imagenet", "what --data_path holds"
+    )
+    data_path: str = option("", "folder with tars or images; unused for scenes")
+    json_path: str | None = option(None, "curation statistics of web tars")
+    soft_sampling: bool = option(False, "keep an image with probability min(mae_loss, 1) at each visit")
+    hist_thresh: float | None = option(None, "drop images whose histogram_score is not above this")
+    imgres_thresh: int | None = option(None, "drop images with a side below this, in pixels")
+    input_size: int = option(256, "crop size in pixels, also the trained models' native size")
+    crop_scale_min: float = option(0.2, "smallest area of a random crop, as a share of the image")
+    decode: Literal["fast", "exact"] = option("fast", "exact reads whole images at full scale, with Pillow")
+    num_workers: int = option(6, "loading processes per rank")
+    pin_mem: bool = option(True, "pinned memory for faster transfers to a GPU")
+    # optimisation
+    batch_size: int = option(64, "images per rank and forward pass")
+    accum_iter: int = option(1, "forward passes per step")
+    epochs: int = option(400, "length of the run, in epochs of --iters_per_epoch steps")
+    iters_per_epoch: int = option(1605, "steps per epoch", aliases=("iter_per_epoch",))
+    warmup_epochs: int = option(40, "linear warm-up from 0")
+    lr: float | None = option(None, "peak learning rate; by default blr x images per step / 256")
+    blr: float = option(2.5e-5, "peak learning rate per 256 images of a step")
+    min_lr: float = option(0.0, "learning rate at the end")
+    weight_decay: float = option(0.05, "AdamW decay of weights, not of biases and norms")
+    clip_grad: float | None = option(None, "largest gradient norm; none in the published recipes")
+    seed: int = option(0, "of weights, sample order, crops and masks")
+    # run
+    output_dir: str = option("runs/latest", "everything the run writes")
+    log_dir: str | None = option(None, "folder of log.jsonl and TensorBoard; --output_dir by default")
+    log_freq: int = option(20, "steps between log lines")
+    save_freq: int = option(20, "epochs between checkpoints kept for good; 0 = keep only the newest two")
+    save_steps: int = option(1000, "steps between checkpoints; 0 = off")
+    save_minutes: float = option(30.0, "minutes between checkpoints; 0 = off")
+    resume: str | None = option(
+        None, "checkpoint of another run to go on from; the run's own is found by itself"
+    )
+    start_epoch: int = option(0, "epoch at which a run without a checkpoint starts")
+    tensorboard: bool = option(False, "also log to TensorBoard")
+    wandb: bool = option(False, "also log to Weights & Biases")
+    # machine
+    device: str = option("auto", "auto (a GPU if there is one), cpu, or the name of a torch device")
+    dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", "what autocast computes in")
+    compile: bool = option(False, "compile the model with torch.compile")
+    parallel: Literal["ddp", "fsdp", "hybrid"] = option(
+        "ddp", "a model per GPU, shards over all GPUs, or shards within each machine"
+    )
+    grad_checkpointing: bool = option(False, "recompute activations: much less memory, a third more time")
+    world_size: int | None = option(None, "processes, when started by hand; launchers tell it")
+    local_rank: int | None = option(None, "which of them this is", aliases=("local-rank",))
+    dist_url: str | None = option(None, "where they meet, such as tcp://127.0.0.1:29500")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accum_iter", "epochs", "iters_per_epoch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, found {getattr(self, name)}")
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"--warmup_epochs {self.warmup_epochs} is longer than the run of {self.epochs} epochs"
+            )
+
+    @property
+    def total_steps(self) -> int:
+        """Length of the run."""
+        return self.epochs * self.iters_per_epoch
+
+    @property
+    def start_step(self) -> int:
+        """First step of a run without a checkpoint."""
+        return self.start_epoch * self.iters_per_epoch
+
+    @property
+    def warmup_steps(self) -> int:
+        """Length of the warm-up."""
+        return self.warmup_epochs * self.iters_per_epoch
+
+    @property
+    def keep_every(self) -> int:
+        """Steps between checkpoints that are kept for good; 0 = none."""
+        return self.save_freq * self.iters_per_epoch
+
+    def images_per_step(self, world_size: int) -> int:
+        """Images of all ranks and forward passes of one step."""
+        return self.batch_size * self.accum_iter * world_size
+
+    def peak_lr(self, world_size: int) -> float:
+        """--lr, or --blr scaled linearly with the images of a step (Goyal et al., arXiv 1706.02677)."""
+        return self.lr if self.lr is not None else self.blr * self.images_per_step(world_size) / 256
+
+    def lr_at(self, step: int, peak_lr: float) -> float:
+        """Learning rate of a step: a linear rise to the peak, then half a cosine down to --min_lr."""
+        return warmup_cosine(step, peak_lr, self.min_lr, self.warmup_steps, self.total_steps)
+
+    def stream_options(self) -> dict[str, Any]:
+        """Arguments of `pixio.data.open_stream`."""
+        names = ("dataset_type", "data_path", "json_path", "soft_sampling", "hist_thresh", "imgres_thresh")
+        options = {name: getattr(self, name) for name in (*names, "batch_size", "seed", "decode")}
+        return options | {"size": self.input_size, "crop_scale": (self.crop_scale_min, 1.0)}
+
+    def loader_options(self, runtime: Runtime) -> dict[str, Any]:
+        """Arguments of `pixio.data.Loader`, beside its stream and its state."""
+        return {
+            "rank": runtime.rank,
+            "world_size": runtime.world_size,
+            "num_workers": self.num_workers,
+            "pin_memory": self.pin_mem and runtime.pins_memory,
+        }
+
+
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+def run_program(
+    prog: str,
+    config: Config,
+    body: Callable[[Config, Runtime], None],
+    failures: tuple[type[Exception], ...] = (),
+) -> None:
+    """Join the ranks a configuration asks for, run `body(config, runtime)`, and leave.
+
+    A user's mistake or a failure ends the program with one line and exit status 1.
+
+    Args:
+        prog: name of the program in messages.
+        config: the program's configuration.
+        body: the training itself.
+        failures: exceptions, beside the engine's own, whose message is all a user needs.
+    """
+    try:
+        with defer_signals():
+            launcher = (config.world_size, config.local_rank, config.dist_url)
+            runtime = start_runtime(config.device, config.dtype, *launcher, config.parallel)
+            try:
+                body(config, runtime)
+            finally:
+                runtime.close()
+    except (ValueError, OSError, ImportError, NonFiniteLoss, *failures) as error:
+        raise SystemExit(f"{prog}: error: {error}") from error
+
+
+def start_log(config: TrainConfig, runtime: Runtime, start_step: int) -> Log:
+    """Open the run's log and write the resolved configuration beside its results."""
+    if runtime.is_main:
+        output = Path(config.output_dir)
+        output.mkdir(parents=True, exist_ok=True)
+        save_config(config, output / "config.json")
+    return Log(
+        config.log_dir or config.output_dir,
+        config.total_steps,
+        runtime.is_main,
+        start_step=start_step,
+        every=config.log_freq,
+        tensorboard=config.tensorboard,
+        wandb=config.wandb,
+        config=asdict(config),
+    )
+
+
+def save_report(config: TrainConfig, runtime: Runtime, report: dict[str, Any]) -> None:
+    """Collective: write what every rank's loader met, damaged files by name, to `data_report.json`."""
+    reports = runtime.gather(report)
+    if runtime.is_main:
+        text = json.dumps(reports, indent=2)
+        write_atomic(Path(config.output_dir) / "data_report.json", lambda file: file.write(text.encode()))
+
+
+def save_when_due(
+    config: TrainConfig, runtime: Runtime, interval: Interval, step: int, save: Callable[..., None]
+) -> bool:
+    """Collective: `save(step, wait=…)` where it is time to; returns whether the run was asked to stop.
+
+    It is time when `interval` is due, every --save_freq epochs, at the end of the run, and before it stops;
+    these last two saves are waited for. After its last step a run ends instead of stopping.
+    """
+    last = step == config.total_steps
+    stopping = runtime.asked_to_stop() and not last
+    kept = config.keep_every > 0 and step % config.keep_every == 0
+    if stopping or interval.due(step) or last or kept:
+        save(step, wait=stopping or last)
+    return stopping
+
+
+def is_finished(config: TrainConfig, runtime: Runtime, step: int) -> bool:
+    """Whether a run that stands at `step` has no step left; says so."""
+    finished = step >= config.total_steps
+    if finished and runtime.is_main:
+        print(f"{config.output_dir} is finished: {step} of {config.total_steps} steps are done")
+    return finished
+
+
+def state_to_resume(
+    config: TrainConfig, checkpoints: Checkpoints, keys: tuple[str, ...]
+) -> dict[str, Any] | None:
+    """Collective: the run's newest checkpoint, else that of --resume, else None.
+
+    Raises:
+        ValueError: it cannot be read, is of another program, or differs from `config` in one of `keys`.
+    """
+    state, where, remedy = checkpoints.load_latest(), f"{config.output_dir} holds", "--output_dir"
+    if state is None and config.resume:
+        state, where, remedy = checkpoints.load(config.resume), f"{config.resume} is of", "--resume"
+    for key in keys if state else ():
+        saved = state.get("config") or {}
+        if key not in saved:
+            raise ValueError(f"{where} another kind of run, without {key}: choose another {remedy}")
+        if saved[key] != (here := getattr(config, key)):
+            raise ValueError(f"{where} a run with {key} {saved[key]}, not {here}: choose another {remedy}")
+    return state

@@ -1,0 +1,114 @@
+"""From the bytes of an image file, which may be hostile, to upright RGB pixels."""
+
+import io
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+MAX_PIXELS = 89_478_485  # Pillow's own warning level: a quarter of a GiB once decoded to RGB
+FORMATS = ("JPEG", "PNG", "WEBP")  # nothing else is worth handing hostile bytes to
+
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class DamagedDataError(ValueError):
+    """Data that cannot be read: the streams skip, count and report it."""
+
+
+def decode(data: bytes, upright: bool = True) -> Image.Image:
+    """Decode a JPEG, PNG or WebP of any colour mode.
+
+    Greyscale, palette and CMYK become RGB, 16-bit grey keeps its upper byte, transparency is laid over
+    white, animations give their first frame. The size is checked in the header, before any pixel is decoded.
+
+    Args:
+        data: the encoded image.
+        upright: turn it as its EXIF data say; else the pixels stay where they are stored.
+
+    Returns:
+        RGB image, 8 bits per channel.
+
+    Raises:
+        DamagedDataError: not an image of these formats, damaged, truncated, or above MAX_PIXELS.
+    """
+
+    def rgb(image: Image.Image) -> Image.Image:
+        turn = _UPRIGHT.get(orientation(image.info.get("exif"))) if upright else None
+        image = to_rgb(image)
+        return image.transpose(turn) if turn is not None else image
+
+    return _open(data, rgb)
+
+
+def read_size(data: bytes) -> tuple[int, int]:
+    """Width and height of an encoded image as `decode` returns it, in pixels, from its header alone.
+
+    Raises:
+        DamagedDataError: not an image of these formats, or above MAX_PIXELS.
+    """
+
+    def size(image: Image.Image) -> tuple[int, int]:
+        sideways = orientation(image.info.get("exif")) > 4
+        return image.size[::-1] if sideways else image.size
+
+    return _open(data, size)
+
+
+def _open(data: bytes, use: Callable[[Image.Image], Any]) -> Any:
+    """What `use` makes of an image whose header has been read and found acceptable."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of odd metadata; what matters raises
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            check_pixels(image.width, image.height)
+            return use(image)
+    except DamagedDataError:
+        raise
+    except UnidentifiedImageError as error:
+        raise DamagedDataError(f"not a {' or '.join(FORMATS)} image ({len(data)} bytes)") from error
+    except Exception as error:  # Pillow's decoders raise almost anything on damaged bytes
+        raise DamagedDataError(f"{type(error).__name__}: {error}") from error
+
+
+def check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise DamagedDataError(f"{width} x {height} is above {MAX_PIXELS} pixels")
+
+
+def orientation(exif: bytes | None) -> int:
+    """How a camera was held, 1 (upright) to 8; 1 also where the metadata cannot be read."""
+    if not exif:
+        return 1
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tags = Image.Exif()
+            tags.load(exif)
+            return int(tags.get(_EXIF_ORIENTATION, 1))
+    except Exception:  # as hostile as the pixels, but worth no image
+        return 1
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB, as `decode` says; it is loaded, but not turned."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        image.load()
+        return image
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,433 @@
+"""Rendered scenes written to disk in the layouts of public data sets: same file names, bit depths and units.
+
+Loaders and commands made for those data sets run on the trees as they are. `LAYOUTS` says which files an item
+becomes and what they hold; `write_tree` renders the items and puts the files in place.
+"""
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pixio.synthetic.scenes import LABEL_NAMES, VERSION, Scene, label_of, render
+
+KITTI_DEPTH_SCALE = 8  # scenes reach 10 m, KITTI 80 m: rendered metres are multiplied by this
+
+# Values in the label files for the classes in the order of CLASS_NAMES, and last for unscored pixels.
+ADE20K_VALUES = np.array([5, 0, 3, 41, 119, 42, 36, 255], np.uint8)  # its own, with ball, column and lamp
+PASCAL_VALUES = np.array([0, 0, 0, 20, 4, 5, 16, 255], np.uint8)  # the room is background
+LOVEDA_VALUES = np.array([1, 2, 3, 4, 5, 6, 7, 0], np.uint8)
+
+_SPLITS = ("train", "val")
+_SEEDS_PER_SPLIT = 1 << 32  # a multiple of the number of labels: every split starts at the first
+_NYUV2_SIZE = (480, 640)  # height, width
+_KITTI_SIZE = (375, 1242)
+_FILES_PER_FOLDER = 100  # frames of a NYUv2 scene, tars of a web folder
+
+# Part of the Eigen split, enough for small trees: drive -> runs of frames, first, last, step.
+_KITTI_RUNS = {
+    "train": {
+        "2011_09_26_drive_0001": [(5, 102, 1)],
+        "2011_09_26_drive_0005": [(5, 148, 1)],
+        "2011_10_03_drive_0034": [(5, 4657, 1)],
+    },
+    "val": {
+        "2011_09_26_drive_0002": [(6, 63, 3)],
+        "2011_09_26_drive_0009": [(16, 176, 16), (196, 388, 16)],
+        "2011_09_26_drive_0029": [(14, 196, 14), (296, 408, 14)],
+        "2011_09_26_drive_0036": [(32, 704, 32)],
+        "2011_09_26_drive_0046": [(5, 115, 5)],
+        "2011_09_26_drive_0048": [(5, 16, 1)],
+    },
+}
+_KITTI_FRAMES = {
+    split: [
+        (drive, frame)
+        for drive, runs in drives.items()
+        for first, last, step in runs
+        for frame in range(first, last + 1, step)
+    ]
+    for split, drives in _KITTI_RUNS.items()
+}
+
+# First number of each half of LoveDA; items alternate between the two.
+_LOVEDA_FIRST = {"train": {"Rural": 0, "Urban": 1366}, "val": {"Rural": 2522, "Urban": 3514}}
+
+
+@dataclass(frozen=True)
+class TreeSummary:
+    """A finished tree."""
+
+    root: Path
+    layout: str
+    train: int  # images
+    val: int
+    files: int  # in all, beside scenes.json
+    written: int  # by this call; 0 where the tree was complete already
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Items that become files together: one image with its labels, or the images of one tar."""
+
+    split: str
+    number: int  # of the group within its split
+    seeds: range
+    size: int
+
+    @property
+    def seed(self) -> int:
+        return self.seeds[0]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a data set lies on disk.
+
+    Attributes:
+        paths: names of a group's files, relative to the root.
+        contents: their bytes, in the same order.
+        in_tars: whether a group is a tar of many images rather than one image.
+        capacity: most items of each split that the names allow.
+        lists: further files about the whole tree, name -> text, from the number of items of each split.
+    """
+
+    paths: Callable[[_Group], tuple[str, ...]]
+    contents: Callable[[_Group], tuple[bytes, ...]]
+    in_tars: bool = False
+    capacity: tuple[int, int] = (_SEEDS_PER_SPLIT, _SEEDS_PER_SPLIT)
+    lists: Callable[[int, int], dict[str, str]] = lambda train, val: {}
+
+
+def write_tree(
+    layout: str,
+    root: str | Path,
+    train: int,
+    val: int,
+    size: int,
+    seed: int = 0,
+    workers: int = 0,
+    per_tar: int = 1000,
+) -> TreeSummary:
+    """Renders scenes into a folder laid out as a public data set.
+
+    The same arguments give the same bytes, whatever `workers` is. Files are completed aside and moved into
+    place; `scenes.json`, written last, holds the arguments. An identical call continues an interrupted one
+    and leaves a finished tree alone. Training and validation scenes never share a seed, nor do trees of
+    different `seed`; trees of different layouts and the same `seed` show the same scenes.
+
+    Args:
+        layout: a key of `LAYOUTS`.
+        root: the folder to create or continue.
+        train, val: number of images of each split.
+        size: side of the square images in pixels; for nyuv2 and kitti the height that is rendered, then
+            resampled to their resolution.
+        seed: any integer >= 0.
+        workers: processes that render; 0 renders in this one.
+        per_tar: images in each tar, for imagenet-tars and web-tars.
+
+    Returns:
+        What the folder holds now.
+
+    Raises:
+        ValueError: for an unknown layout, a number out of range, or a root that holds anything else.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
+    for name, value, least in (
+        ("train", train, 0),
+        ("val", val, 0),
+        ("size", size, 1),
+        ("seed", seed, 0),
+        ("workers", workers, 0),
+        ("per_tar", per_tar, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    for split, count, capacity in zip(_SPLITS, (train, val), LAYOUTS[layout].capacity, strict=True):
+        if count > capacity:
+            raise ValueError(
+                f"layout {layout} holds at most {capacity} {split} images, {count} were asked for: "
+                f"give --{split} {capacity}"
+            )
+    root = Path(root)
+    rules = LAYOUTS[layout]
+    request = {"layout": layout, "train": train, "val": val, "size": size, "seed": seed, "renderer": VERSION}
+    if rules.in_tars:
+        request["per_tar"] = per_tar
+    groups = [
+        _Group(split, number, seeds, size)
+        for split, count in zip(_SPLITS, (train, val), strict=True)
+        for number, seeds in enumerate(_seeds(split, count, seed, per_tar if rules.in_tars else 1))
+    ]
+    lists = rules.lists(train, val)
+    files = len(lists) + sum(len(rules.paths(group)) for group in groups)
+
+    finished, begun = root / "scenes.json", root / "scenes.partial.json"
+    if root.exists() and any(not path.name.startswith(".") for path in root.iterdir()):
+        _check_same(root, finished if finished.exists() else begun, request)
+        if finished.exists():
+            return TreeSummary(root, layout, train, val, files, written=0)
+    else:
+        _place(begun, json.dumps(request, indent=2).encode())
+    missing = [group for group in groups if not all((root / path).exists() for path in rules.paths(group))]
+    written = len(lists) + sum(_write_groups(layout, root, missing, workers))
+    for path, text in lists.items():
+        _place(root / path, text.encode())
+    os.replace(begun, finished)
+    return TreeSummary(root, layout, train, val, files, written)
+
+
+def _check_same(root: Path, record: Path, request: dict[str, object]) -> None:
+    """Refuses a folder that was not begun with the same request."""
+    if not record.exists():
+        raise ValueError(f"{root} is not empty and holds no rendered tree; choose an empty or new folder")
+    found = json.loads(record.read_text())
+    if found != request:
+        raise ValueError(
+            f"{root} holds another rendered tree: {json.dumps(found)}, asked for was {json.dumps(request)}; "
+            "choose another folder or delete this one"
+        )
+
+
+def _seeds(split: str, count: int, seed: int, stride: int) -> Iterator[range]:
+    """The scenes of a split in runs of `stride`: 2^32 seeds belong to each split of each tree."""
+    first = (2 * seed + _SPLITS.index(split)) * _SEEDS_PER_SPLIT
+    for start in range(0, count, stride):
+        yield range(first + start, first + min(start + stride, count))
+
+
+def _write_groups(layout: str, root: Path, groups: list[_Group], workers: int) -> Iterator[int]:
+    if workers == 0:
+        yield from (_write_group(layout, root, group) for group in groups)
+        return
+    # Fresh processes: the caller may hold threads, which do not survive a fork.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_write_group, [layout] * len(groups), [root] * len(groups), groups)
+
+
+def _write_group(layout: str, root: Path, group: _Group) -> int:
+    paths = LAYOUTS[layout].paths(group)
+    for path, content in zip(paths, LAYOUTS[layout].contents(group), strict=True):
+        _place(root / path, content)
+    return len(paths)
+
+
+def _place(path: Path, content: bytes) -> None:
+    """Writes a file aside, under a name that no loader looks for, and moves it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_bytes(content)
+    os.replace(aside, path)
+
+
+# --------------------------------------------------------------------------- pixels to bytes
+
+
+def _scene(group: _Group, resolution: tuple[int, int] | None = None) -> Scene:
+    """Renders a group's only scene, resampled to (height, width) where the layout has its own resolution."""
+    if resolution is None:
+        return render(group.seed, group.size)
+    height, width = resolution
+    scene = render(group.seed, (group.size, round(group.size * width / height)))
+
+    def resample(array: np.ndarray, method: Image.Resampling) -> np.ndarray:
+        return np.asarray(Image.fromarray(array).resize((width, height), method))
+
+    return Scene(
+        image=resample(scene.image, Image.Resampling.BICUBIC),
+        depth=resample(scene.depth, Image.Resampling.NEAREST),
+        semantics=resample(scene.semantics, Image.Resampling.NEAREST),
+        label=scene.label,
+    )
+
+
+def _jpeg(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def _png(image: np.ndarray) -> bytes:
+    """uint8 [H, W] or [H, W, 3], or uint16 [H, W] at its full depth."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _millimetres(depth: np.ndarray) -> np.ndarray:
+    return np.rint(depth * 1000).astype(np.uint16)
+
+
+def _sparse_depth(depth: np.ndarray, seed: int) -> np.ndarray:
+    """Metres x 256, and 0 where a laser would see nothing: the upper third and 55 % of the rest."""
+    values = np.rint(depth * (KITTI_DEPTH_SCALE * 256)).astype(np.uint16)
+    values[np.random.default_rng([2, seed]).random(depth.shape) < 0.55] = 0
+    values[: len(values) // 3] = 0
+    return values
+
+
+def _labels(semantics: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Scene classes in a data set's values; pixels on both sides of a class boundary become unscored."""
+    border = np.zeros(semantics.shape, bool)
+    beside, below = semantics[:, 1:] != semantics[:, :-1], semantics[1:] != semantics[:-1]
+    border[:, 1:] |= beside
+    border[:, :-1] |= beside
+    border[1:] |= below
+    border[:-1] |= below
+    return np.where(border, values[-1], values[semantics])
+
+
+def _tar(members: Iterable[tuple[str, bytes]]) -> bytes:
+    """A tar whose bytes depend on nothing but its members."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, content in members:
+            entry = tarfile.TarInfo(name)  # time 0, owner 0
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+# --------------------------------------------------------------------------- the layouts
+
+
+def _imagenet_tar_paths(group: _Group) -> tuple[str, ...]:
+    if group.split == "train":
+        return (f"imagenet1k-train-{group.number:04d}.tar",)
+    return (f"imagenet1k-validation-{group.number:02d}.tar",)
+
+
+def _imagenet_tar_contents(group: _Group) -> tuple[bytes, ...]:
+    def members() -> Iterator[tuple[str, bytes]]:
+        for seed in group.seeds:
+            scene = render(seed, group.size)
+            key = f"{LABEL_NAMES[scene.label]}_{seed % _SEEDS_PER_SPLIT:08d}"
+            about = {
+                "filename": f"{key}.jpg",
+                "label": scene.label,
+                "width": group.size,
+                "height": group.size,
+            }
+            yield f"{key}.jpg", _jpeg(scene.image)
+            yield f"{key}.cls", str(scene.label).encode()
+            yield f"{key}.json", json.dumps(about).encode()
+
+    return (_tar(members()),)
+
+
+def _web_tar_paths(group: _Group) -> tuple[str, ...]:
+    folder, number = divmod(group.number, _FILES_PER_FOLDER)
+    return f"tars/{folder:04d}/{number}.tar", f"stats/{folder:04d}/{number}.json"
+
+
+def _web_tar_contents(group: _Group) -> tuple[bytes, ...]:
+    names = {seed: f"{seed % _SEEDS_PER_SPLIT:09d}.jpeg" for seed in group.seeds}
+    statistics = {}
+    for seed, name in names.items():
+        rng = np.random.default_rng([2, seed])  # plausible scores, measured on nothing
+        statistics[name] = {
+            "histogram_score": round(rng.uniform(3.5, 7.5), 4),
+            "mae_loss": round(rng.uniform(0.1, 1.2), 4),
+            "width": group.size,
+            "height": group.size,
+        }
+    images = ((name, _jpeg(render(seed, group.size).image)) for seed, name in names.items())
+    return _tar(images), json.dumps(statistics).encode()
+
+
+def _imagenet_folder_paths(group: _Group) -> tuple[str, ...]:
+    return (f"{group.split}/{LABEL_NAMES[label_of(group.seed)]}/{group.split}_{group.number:08d}.JPEG",)
+
+
+def _imagenet_folder_contents(group: _Group) -> tuple[bytes, ...]:
+    return (_jpeg(_scene(group).image),)
+
+
+def _nyuv2_paths(group: _Group) -> tuple[str, ...]:
+    place, frame = divmod(group.number, _FILES_PER_FOLDER)
+    folder = f"{'sync' if group.split == 'train' else 'official_splits/test'}/room_{place:04d}"
+    return f"{folder}/rgb_{frame:05d}.jpg", f"{folder}/sync_depth_{frame:05d}.png"
+
+
+def _nyuv2_contents(group: _Group) -> tuple[bytes, ...]:
+    scene = _scene(group, _NYUV2_SIZE)
+    return _jpeg(scene.image), _png(_millimetres(scene.depth))
+
+
+def _kitti_paths(group: _Group) -> tuple[str, ...]:
+    drive, frame = _KITTI_FRAMES[group.split][group.number]
+    return (
+        f"images/{drive[:10]}/{drive}_sync/image_02/data/{frame:010d}.png",
+        f"annotations/{drive}_sync/proj_depth/groundtruth/image_02/{frame:010d}.png",
+    )
+
+
+def _kitti_contents(group: _Group) -> tuple[bytes, ...]:
+    scene = _scene(group, _KITTI_SIZE)
+    return _png(scene.image), _png(_sparse_depth(scene.depth, group.seed))
+
+
+def _ade20k_paths(group: _Group) -> tuple[str, ...]:
+    folder = {"train": "training", "val": "validation"}[group.split]
+    name = f"{folder}/ADE_{group.split}_{group.number + 1:08d}"
+    return f"images/{name}.jpg", f"annotations/{name}.png"
+
+
+def _ade20k_contents(group: _Group) -> tuple[bytes, ...]:
+    scene = _scene(group)
+    return _jpeg(scene.image), _png(_labels(scene.semantics, ADE20K_VALUES))
+
+
+def _pascal_name(split: str, number: int) -> str:
+    return f"{'2008' if split == 'train' else '2009'}_{number:06d}"
+
+
+def _pascal_paths(group: _Group) -> tuple[str, ...]:
+    name = _pascal_name(group.split, group.number)
+    return f"JPEGImages/{name}.jpg", f"SegmentationClass/{name}.png"
+
+
+def _pascal_contents(group: _Group) -> tuple[bytes, ...]:
+    scene = _scene(group)
+    return _jpeg(scene.image), _png(_labels(scene.semantics, PASCAL_VALUES))
+
+
+def _pascal_lists(train: int, val: int) -> dict[str, str]:
+    return {
+        f"ImageSets/Segmentation/{split}.txt": "".join(f"{_pascal_name(split, n)}\n" for n in range(count))
+        for split, count in zip(_SPLITS, (train, val), strict=True)
+    }
+
+
+def _loveda_paths(group: _Group) -> tuple[str, ...]:
+    number, half = divmod(group.number, 2)
+    half = ("Rural", "Urban")[half]
+    folder = f"{group.split.title()}/{group.split.title()}/{half}"
+    name = f"{_LOVEDA_FIRST[group.split][half] + number}.png"
+    return f"{folder}/images_png/{name}", f"{folder}/masks_png/{name}"
+
+
+def _loveda_contents(group: _Group) -> tuple[bytes, ...]:
+    scene = _scene(group)
+    return _png(scene.image), _png(_labels(scene.semantics, LOVEDA_VALUES))
+
+
+LAYOUTS = {
+    "imagenet-tars": Layout(_imagenet_tar_paths, _imagenet_tar_contents, in_tars=True),
+    "web-tars": Layout(_web_tar_paths, _web_tar_contents, in_tars=True, capacity=(_SEEDS_PER_SPLIT, 0)),
+    "imagenet-folders": Layout(_imagenet_folder_paths, _imagenet_folder_contents),
+    "nyuv2": Layout(_nyuv2_paths, _nyuv2_contents),
+    "kitti": Layout(_kitti_paths, _kitti_contents, capacity=tuple(len(_KITTI_FRAMES[s]) for s in _SPLITS)),
+    "ade20k": Layout(_ade20k_paths, _ade20k_contents),
+    "pascal": Layout(_pascal_paths, _pascal_contents, lists=_pascal_lists),
+    "loveda": Layout(_loveda_paths, _loveda_contents, capacity=(2 * 1156, 2 * 677)),
+}

@@ -1,0 +1,1 @@
+"""Weights in, from any source to one strict state dict, and out again."""
