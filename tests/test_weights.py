@@ -360,7 +360,7 @@ def test_a_broken_json_file_is_named(folder, name, text):
 
 
 def test_a_huge_json_file_is_not_read(folder, monkeypatch):
-    monkeypatch.setattr(pixio.weights.reading, "_MAX_JSON", 100)
+    monkeypatch.setattr("pixio.files.MAX_JSON", 100)
     with pytest.raises(ValueError, match=r"config.json cannot be read as JSON: [\d,]+ bytes, at most 100"):
         pixio.from_pretrained(folder)
 
