@@ -15,7 +15,7 @@ from PIL import Image
 
 import pixio
 from pixio.cli import main as cli
-from pixio.cli import pictures as cli_pictures
+from pixio.cli import visualize
 from pixio.cli.main import main
 from pixio.engine.checkpoint import Checkpoints
 from pixio.engine.runtime import Runtime
@@ -26,12 +26,12 @@ COMMANDS = {
     "features": cli,
     "plan": cli,
     "scenes": cli,
-    "pca": cli_pictures,
-    "tokens": cli_pictures,
-    "similarity": cli_pictures,
-    "reconstruct": cli_pictures,
-    "curves": cli_pictures,
-    "report": cli_pictures,
+    "pca": visualize,
+    "tokens": visualize,
+    "similarity": visualize,
+    "reconstruct": visualize,
+    "curves": visualize,
+    "report": visualize,
 }
 
 

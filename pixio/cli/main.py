@@ -1,7 +1,7 @@
 """`pixio …`: models, weights, features, pictures and rendered scenes from the command line.
 
 Each command is a function that reads its flags and calls the module that does the work; heavy modules are
-imported by the command that needs them. The commands that draw are in `pixio.cli.pictures`.
+imported by the command that needs them. The commands that draw are in `pixio.cli.visualize`.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from pixio.cli import pictures as cli_pictures
+from pixio.cli import visualize
 from pixio.cli.common import Choices, add_encoder, add_input, load_encoder, make_transform, positive
 
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command.set_defaults(run=run)
         return command
 
-    for register in (_add_info, _add_convert, _add_features, *cli_pictures.COMMANDS, _add_plan, _add_scenes):
+    for register in (_add_info, _add_convert, _add_features, *visualize.COMMANDS, _add_plan, _add_scenes):
         register(add)
     arguments = vars(parser.parse_args(argv))
     run = arguments.pop("run")

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from pixio.cli import visualize as pictures
+from pixio.cli import drawing
 from pixio.files import write_atomic
 from pixio.images.crops import load_image
 from pixio.models.mae import PixioMAE
@@ -65,7 +65,7 @@ def write_report(
     config = weights.read_json(run / "config.json") if (run / "config.json").is_file() else {}
     evaluations = _find_results(run, [Path(folder) for folder in results])
     # before the summary, because it explains a log that is none
-    curves = _picture(lambda file: pictures.save_curves([run], file), "loss and learning rate over the steps")
+    curves = _picture(lambda file: drawing.save_curves([run], file), "loss and learning rate over the steps")
     parts = [
         f"<h1>{html.escape(run.name)}</h1>",
         f"<p class=note>{_summary(run / 'log.jsonl')}</p>",
@@ -131,7 +131,7 @@ def _reconstructions(run: Path, images: Sequence[str], config: dict[str, Any]) -
     what = "" if images else " Rendered scenes that the run has not seen."
 
     def draw(file: BinaryIO) -> None:
-        pictures.save_reconstructions(mae, pixels, file, mask_ratio, names=names)
+        drawing.save_reconstructions(mae, pixels, file, mask_ratio, names=names)
 
     return [
         heading,

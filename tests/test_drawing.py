@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.decomposition import PCA
 
 import pixio
-from pixio.cli import visualize as pictures
+from pixio.cli import drawing
 from pixio.cli.report import write_report
 from pixio.engine.checkpoint import Checkpoints
 from pixio.engine.runtime import Runtime
@@ -90,10 +90,10 @@ def test_similarity_is_the_cosine_of_each_token_and_patch():
 
 def test_the_similarity_picture_compares_the_patch_under_the_point(mae, tmp_path, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(pictures, "save_sheet", lambda panels, *_, **options: drawn.update(panels, **options))
+    monkeypatch.setattr(drawing, "save_sheet", lambda panels, *_, **options: drawn.update(panels, **options))
     photo = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
-    seen = pictures.look(mae.encoder, photo, Transform(96, "resize"))
-    pictures.save_similarity([seen], [(70.0, 20.0)], tmp_path / "s.png")
+    seen = drawing.look(mae.encoder, photo, Transform(96, "resize"))
+    drawing.save_similarity([seen], [(70.0, 20.0)], tmp_path / "s.png")
     found = drawn["point 1"][0]
     assert found.shape == (60, 90)
     assert found[20, 70] == pytest.approx(1, abs=1e-5)
@@ -108,46 +108,46 @@ def test_a_perfect_prediction_reconstructs_the_image(mae, images, monkeypatch):
         return MAEOutput(torch.zeros(()), (target - mean) / std, torch.ones(target.shape[:2]))
 
     monkeypatch.setattr(mae, "forward", perfect)
-    panels = pictures.reconstruct(mae, images)
+    panels = drawing.reconstruct(mae, images)
     assert (panels["reconstruction"].int() - images.int()).abs().max() <= 1
-    assert (panels["masked"] == pictures.HIDDEN).all()
+    assert (panels["masked"] == drawing.HIDDEN).all()
 
 
 def test_visible_patches_are_pasted_untouched_and_masked_ones_are_grey(mae, images):
     noise = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]])
-    panels = pictures.reconstruct(mae, images, 0.75, noise)
+    panels = drawing.reconstruct(mae, images, 0.75, noise)
     for image, corner in ((0, slice(0, 16)), (1, slice(16, 32))):
         visible = torch.zeros(32, 32, dtype=torch.bool)
         visible[corner, corner] = True
         for panel in ("masked", "pasted"):
             assert torch.equal(panels[panel][image][:, visible], images[image][:, visible])
-        assert (panels["masked"][image][:, ~visible] == pictures.HIDDEN).all()
+        assert (panels["masked"][image][:, ~visible] == drawing.HIDDEN).all()
         predicted = panels["reconstruction"][image][:, ~visible]
         assert torch.equal(panels["pasted"][image][:, ~visible], predicted)
 
 
 def test_draws_of_a_mask_differ_and_can_be_repeated(mae, images, monkeypatch):
     drawn = []
-    monkeypatch.setattr(pictures, "save_sheet", lambda panels, path, names: drawn.append((panels, names)))
+    monkeypatch.setattr(drawing, "save_sheet", lambda panels, path, names: drawn.append((panels, names)))
     for _ in range(2):
-        pictures.save_reconstructions(mae, images, "x.png", 0.5, seed=3, draws=3, names=["a", "b"])
+        drawing.save_reconstructions(mae, images, "x.png", 0.5, seed=3, draws=3, names=["a", "b"])
     (first, names), (second, _) = drawn
     assert names == ["a, draw 1", "a, draw 2", "a, draw 3", "b, draw 1", "b, draw 2", "b, draw 3"]
-    assert all(torch.equal(first[name], second[name]) for name in pictures.PANELS)
+    assert all(torch.equal(first[name], second[name]) for name in drawing.PANELS)
     assert not torch.equal(first["masked"][0], first["masked"][1])
 
 
 @pytest.mark.parametrize(("name", "side"), [("sweep.gif", 2), ("sweep.png", 3)])
 def test_a_sweep_hides_cell_after_cell_and_brings_them_back(name, side, mae, tmp_path, monkeypatch):
-    masked, save_sheet = [], pictures.save_sheet
+    masked, save_sheet = [], drawing.save_sheet
     images = torch.randint(0, 128, (1, 3, 16 * side, 16 * side), dtype=torch.uint8)
 
     def note(panels, *arguments, **options):
-        masked.append((panels["masked"] == pictures.HIDDEN).all(1))
+        masked.append((panels["masked"] == drawing.HIDDEN).all(1))
         save_sheet(panels, *arguments, **options)
 
-    monkeypatch.setattr(pictures, "save_sheet", note)
-    pictures.save_sweep(mae, images, tmp_path / name, names=["a"])
+    monkeypatch.setattr(drawing, "save_sheet", note)
+    drawing.save_sweep(mae, images, tmp_path / name, names=["a"])
     assert [m.sum().item() for m in masked] == [256 * cells for cells in range(side**2)]
     assert all((after | ~before).all() for before, after in itertools.pairwise(masked))
     with Image.open(tmp_path / name) as animation:
@@ -161,7 +161,7 @@ def test_a_sheet_holds_photographs_and_maps_of_any_shape_and_hostile_names(tmp_p
     maps = [torch.rand(40, 60), torch.rand(70, 30)]
     sheet = {"image": photos, "$\\frac": maps}
     names = ["a$b", "<script>"]
-    pictures.save_sheet(sheet, tmp_path / "sheet.png", names, scale="$", marks=[(3.0, 5.0)], title="_$")
+    drawing.save_sheet(sheet, tmp_path / "sheet.png", names, scale="$", marks=[(3.0, 5.0)], title="_$")
     with Image.open(tmp_path / "sheet.png") as image:
         assert min(image.size) > 300
         assert np.asarray(image.convert("L")).std() > 10
@@ -169,8 +169,8 @@ def test_a_sheet_holds_photographs_and_maps_of_any_shape_and_hostile_names(tmp_p
 
 @given(st.text(max_size=60), st.floats(0, 3))
 def test_a_name_is_shortened_in_its_middle_to_the_row_beside_it(name, inches):
-    shown = pictures._shorten(name, inches)
-    room = max(inches / pictures._LETTER, 3)
+    shown = drawing._shorten(name, inches)
+    room = max(inches / drawing._LETTER, 3)
     assert len(shown) <= room
     if len(name) <= int(room):
         assert shown == name
@@ -184,10 +184,10 @@ def test_a_name_is_shortened_in_its_middle_to_the_row_beside_it(name, inches):
 def test_pictures_of_features_are_drawn_for_photographs_of_several_sizes(mae, tmp_path):
     rng = np.random.default_rng(0)
     photos = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((50, 80), (900, 60))]
-    seen = [pictures.look(mae.encoder, photo, Transform(96, "pad")) for photo in photos]
+    seen = [drawing.look(mae.encoder, photo, Transform(96, "pad")) for photo in photos]
     assert [tuple(one.photo.shape[1:]) for one in seen] == [(50, 80), (640, 43)]
-    assert 0 < pictures.save_pca(seen, tmp_path / "pca.png", foreground=True, smooth=True) <= 1
-    pictures.save_tokens(seen, tmp_path / "tokens.pdf", names=["a", "b"])
+    assert 0 < drawing.save_pca(seen, tmp_path / "pca.png", foreground=True, smooth=True) <= 1
+    drawing.save_tokens(seen, tmp_path / "tokens.pdf", names=["a", "b"])
     assert (tmp_path / "pca.png").stat().st_size > 1000
     assert (tmp_path / "tokens.pdf").read_bytes().startswith(b"%PDF")
 
@@ -206,10 +206,10 @@ def log(folder, losses, extra=""):
 def test_curves_are_drawn_of_logs_with_gaps_and_unfinished_lines(tmp_path):
     first = log(tmp_path / "a_$run", [1.0, None, 0.5], '{"step": 4, "lo')
     second = log(tmp_path / "b", np.linspace(1, 0, 100).tolist())
-    steps, losses, _ = pictures._read_log(first)
+    steps, losses, _ = drawing._read_log(first)
     np.testing.assert_array_equal(steps, [1, 2, 3])
     np.testing.assert_array_equal(losses, [1, np.nan, 0.5])
-    pictures.save_curves([first, second / "log.jsonl"], tmp_path / "curves.png")
+    drawing.save_curves([first, second / "log.jsonl"], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
@@ -217,7 +217,7 @@ def test_curves_are_drawn_of_logs_with_gaps_and_unfinished_lines(tmp_path):
     st.lists(st.one_of(st.floats(-5, 5), st.just(float("nan"))), min_size=4, max_size=30), st.integers(2, 4)
 )
 def test_a_moving_mean_is_the_mean_of_the_known_neighbours(values, window):
-    found = pictures._moving_mean(np.array(values), window)
+    found = drawing._moving_mean(np.array(values), window)
     for i, mean in enumerate(found):
         known = [value for value in values[i : i + window] if value == value]
         assert mean == pytest.approx(np.mean(known) if known else 0, abs=1e-9)
@@ -237,7 +237,7 @@ def test_a_moving_mean_is_the_mean_of_the_known_neighbours(values, window):
 def test_a_log_that_is_none_is_named(text, message, tmp_path):
     (tmp_path / "log.jsonl").write_text(text)
     with pytest.raises(ValueError, match=rf"log\.jsonl.* {message}"):
-        pictures.save_curves([tmp_path], io.BytesIO())
+        drawing.save_curves([tmp_path], io.BytesIO())
     with pytest.raises(ValueError, match=rf"log\.jsonl.* {message}"):
         write_report(tmp_path, tmp_path / "report.html")
 
@@ -349,7 +349,7 @@ def test_a_broken_run_is_explained(spoil, message, run, tmp_path):
 def test_the_photographs_of_a_report_can_be_chosen(run, tmp_path, monkeypatch):
     chosen = []
     monkeypatch.setattr(
-        pictures,
+        drawing,
         "save_reconstructions",
         lambda mae, images, file, ratio, names: (
             chosen.append((images, names)),

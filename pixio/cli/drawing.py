@@ -1,0 +1,387 @@
+"""Pictures of what a model sees and of how a run went, as files for papers and screens.
+
+Letters: B images, H x W pixels, h x w and N patches, C class tokens, D width. Photographs are RGB uint8.
+"""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pixio.features.pca import pca_colors, similarity
+from pixio.files import write_atomic
+from pixio.images.figures import color_bar, figure, open_axes
+from pixio.images.inference import Placement, Source, Transform, read_image
+from pixio.images.normalization import denormalize, normalize, to_tensor
+from pixio.models.encoder import PixioViT
+from pixio.models.mae import PixioMAE, patch_statistics, patchify, unpatchify
+from pixio.models.masking import cell_grid
+
+HIDDEN = 128  # grey of a masked pixel
+PANELS = ("original", "masked", "reconstruction", "pasted")
+FADED = 0.15  # what is left of the background's contrast, on white
+SHOWN = 640  # longer side in pixels at which photographs and maps are drawn
+FRAMES = 24  # of a sweep, at most
+_PAGE = 7.0  # inches, width of a page of two columns
+_PANEL = (0.95, 1.7)  # inches, range of the width of a panel
+_BAR = 0.8  # inches beside the panels for a colour bar and its labels
+_LETTER = 0.07  # inches, mean width in the names of rows
+_SMOOTHING = 50  # points of a curve that a moving mean covers, at most
+
+
+# ------------------------------------------------------------------------------------------ reconstruction
+@torch.inference_mode()
+def reconstruct(
+    mae: PixioMAE, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Mask images and let the model fill them in.
+
+    A model trained on pixels normalized per patch predicts no mean and no contrast; both are taken from the
+    original patch, so judge structure, not brightness.
+
+    Args:
+        mae: model in evaluation mode.
+        images: uint8 [B, 3, H, W].
+        mask_ratio: share of masked cells.
+        noise: [B, cells], which cells stay; None draws at random.
+
+    Returns:
+        The four `PANELS`, each uint8 [B, 3, H, W]: the image, its visible part, what the model predicts
+        everywhere, and the visible part with the prediction pasted into the masked part.
+    """
+    p = mae.encoder.patch_size
+    grid = mae.encoder.grid_of(*images.shape[-2:])
+    pixels = normalize(images)
+    out = mae(pixels, mask_ratio, noise)
+    pred = out.pred.float()
+    if mae.norm_pix_loss:
+        mean, std = patch_statistics(patchify(pixels, p))
+        pred = pred * std + mean
+    predicted = denormalize(unpatchify(pred, p, grid))
+    hidden = unpatchify(out.mask.unsqueeze(-1).expand(-1, -1, p * p), p, grid) > 0  # [B, 1, H, W]
+    return {
+        "original": images,
+        "masked": torch.where(hidden, torch.full_like(images, HIDDEN), images),
+        "reconstruction": predicted,
+        "pasted": torch.where(hidden, predicted, images),
+    }
+
+
+def draw_noise(mae: PixioMAE, images: Tensor, seed: int) -> Tensor:
+    """Noise [B, cells] for masks of images [B, 3, H, W], the same for the same seed."""
+    rows, columns = cell_grid(mae.encoder.grid_of(*images.shape[-2:]), mae.mask_grid)
+    noise = torch.rand(len(images), rows * columns, generator=torch.Generator().manual_seed(seed))
+    return noise.to(images.device)
+
+
+def save_reconstructions(
+    mae: PixioMAE,
+    images: Tensor,
+    path: str | Path | BinaryIO,
+    mask_ratio: float = 0.75,
+    seed: int = 0,
+    draws: int = 1,
+    names: Sequence[str] = (),
+) -> None:
+    """Draw `reconstruct`, a row per image and draw of its mask.
+
+    Args:
+        mae, images, mask_ratio: see `reconstruct`.
+        path: picture to write.
+        seed: of the masks.
+        draws: different masks per image.
+        names: of the images.
+    """
+    repeated = images.repeat_interleave(draws, dim=0)  # [B * draws, 3, H, W]
+    panels = reconstruct(mae, repeated, mask_ratio, draw_noise(mae, repeated, seed))
+    if draws > 1:
+        names = [f"{name}, draw {draw}" for name in names for draw in range(1, draws + 1)]
+    save_sheet({name: panel.cpu() for name, panel in panels.items()}, path, names)
+
+
+def save_sweep(
+    mae: PixioMAE, images: Tensor, path: str | Path, seed: int = 0, names: Sequence[str] = ()
+) -> None:
+    """Animate `reconstruct` over the mask ratio: cells disappear one after another, and come back.
+
+    Args:
+        mae, images: see `reconstruct`.
+        path: ends in .gif, or in .png or .apng for an animated PNG of full colour.
+        seed: of the order in which cells disappear.
+        names: of the images.
+    """
+    noise = draw_noise(mae, images, seed)
+    cells = noise.shape[1]
+    steps = torch.linspace(0, cells - 1, min(cells, FRAMES)).round().int().tolist()
+    frames = []
+    for masked in steps:
+        # half a cell less is rounded up to the number wanted; the quotient itself may round beyond it
+        panels = reconstruct(mae, images, max(masked - 0.5, 0) / cells, noise)
+        drawn = io.BytesIO()
+        title = f"{masked} of {cells} cells masked ({100 * masked / cells:.0f} %)"
+        save_sheet({name: panel.cpu() for name, panel in panels.items()}, drawn, names, title=title, dpi=100)
+        frames.append(Image.open(drawn).convert("RGB"))
+    frames += frames[-2:0:-1]
+    kind = "GIF" if Path(path).suffix == ".gif" else "PNG"
+    # one palette for all frames, else flat colours flicker
+    if kind == "GIF":
+        palette = frames[len(frames) // 4].quantize(256)
+        frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    animation = {"save_all": True, "append_images": frames[1:], "duration": 250, "loop": 0}
+    write_atomic(path, lambda file: frames[0].save(file, kind, **animation))
+
+
+# -------------------------------------------------------------------------------------- features as pictures
+class Seen(NamedTuple):
+    """A photograph and what an encoder made of it.
+
+    photo: uint8 [3, H, W], as drawn. placement: of the encoder's input. patches: [D, h, w]. cls: [C, D].
+    """
+
+    photo: Tensor
+    placement: Placement
+    patches: Tensor
+    cls: Tensor
+
+    def draw(self, maps: Tensor, smooth: bool) -> Tensor:
+        """Maps [K, h, w] over the input, at the size of the photograph: [K, H, W]."""
+        mode = "bicubic" if smooth else "nearest"
+        return self.placement.to_original(maps[None], mode, tuple(self.photo.shape[1:]))[0]
+
+
+@torch.inference_mode()
+def look(encoder: PixioViT, image: Source, transform: Transform, block: int = -1) -> Seen:
+    """Encode one image; features are taken after a block and the final norm.
+
+    Args:
+        encoder: in evaluation mode, on any device.
+        image: file, PIL image or array.
+        transform: how it becomes the encoder's input.
+        block: 0-based, negative ones from the end.
+    """
+    image = read_image(image)
+    inputs, placement = transform.placed(image)
+    device = next(encoder.parameters()).device
+    features, cls = encoder.get_intermediate_layers(
+        inputs.to(device), n=[block], reshape=True, return_class_token=True
+    )[0]
+    shown = image.copy()
+    shown.thumbnail((SHOWN, SHOWN))
+    return Seen(to_tensor(shown), placement, features[0].float().cpu(), cls[0].float().cpu())
+
+
+def save_pca(
+    seen: Sequence[Seen],
+    path: str | Path | BinaryIO,
+    foreground: bool = False,
+    smooth: bool = False,
+    names: Sequence[str] = (),
+) -> float:
+    """Draw the joint PCA of the patch features of several images beside them.
+
+    Args:
+        seen: images.
+        path: picture to write.
+        foreground: leave out the background, see `pixio.features.pca.pca_colors`; it is drawn faded.
+        smooth: interpolate between patches instead of showing them as squares.
+        names: of the images.
+
+    Returns:
+        Share of the variance that the colours show, 0 to 1.
+    """
+    colours = pca_colors([one.patches for one in seen], foreground)
+    drawn = []
+    for one, rgb, inside in zip(seen, colours.maps, colours.foreground, strict=True):
+        picture = one.draw(rgb, smooth).clamp(0, 1) * 255
+        faded = 255 - FADED * (255 - one.photo.float().mean(0))  # [H, W]
+        picture = torch.where(one.draw(inside[None].float(), smooth) > 0.5, picture, faded)  # [3, H, W]
+        drawn.append(picture.round().to(torch.uint8))
+    title = f"PCA of the patches\n{100 * colours.explained:.0f} % of the variance"
+    save_sheet({"image": [one.photo for one in seen], title: drawn}, path, names)
+    return colours.explained
+
+
+def save_tokens(
+    seen: Sequence[Seen], path: str | Path | BinaryIO, smooth: bool = False, names: Sequence[str] = ()
+) -> None:
+    """Draw how similar each class token is to the patches, one row per image.
+
+    Args:
+        seen: images.
+        path: picture to write.
+        smooth: interpolate between patches.
+        names: of the images.
+    """
+    maps = [one.draw(similarity(one.cls, one.patches), smooth) for one in seen]
+    panels = {"image": [one.photo for one in seen]}
+    panels |= {f"token {c + 1}": [one[c] for one in maps] for c in range(len(maps[0]))}
+    save_sheet(panels, path, names, scale="cosine similarity")
+
+
+def save_similarity(
+    seen: Sequence[Seen],
+    points: Sequence[tuple[float, float]],
+    path: str | Path | BinaryIO,
+    smooth: bool = False,
+    names: Sequence[str] = (),
+) -> None:
+    """Draw how similar patches of the first image are to all patches of all images.
+
+    Args:
+        seen: images.
+        points: (x, y) in pixels of the first image; the patches there are the ones compared.
+        path: picture to write.
+        smooth: interpolate between patches.
+        names: of the images.
+
+    Raises:
+        ValueError: a point outside the first image.
+    """
+    first = seen[0]
+    patch_size = first.placement.padded[0] // first.patches.shape[1]
+    patches = [first.placement.patch_at(x, y, patch_size) for x, y in points]
+    queries = torch.stack([first.patches[:, row, column] for row, column in patches])  # [points, D]
+    maps = [one.draw(similarity(queries, one.patches), smooth) for one in seen]
+    panels = {"image": [one.photo for one in seen]}
+    panels |= {f"point {i + 1}": [one[i] for one in maps] for i in range(len(points))}
+    (height, width), (rows, columns) = first.placement.original, first.photo.shape[1:]
+    marks = [(x * columns / width, y * rows / height) for x, y in points]
+    save_sheet(panels, path, names, scale="cosine similarity", marks=marks)
+
+
+# -------------------------------------------------------------------------------------------------- sheets
+def save_sheet(
+    panels: Mapping[str, Sequence[Tensor] | Tensor],
+    path: str | Path | BinaryIO,
+    names: Sequence[str] = (),
+    scale: str = "",
+    marks: Sequence[tuple[float, float]] = (),
+    title: str = "",
+    dpi: int = 200,
+) -> None:
+    """Draw one row per image and one titled column per panel.
+
+    Args:
+        panels: title -> a tensor per image, the same number for all: photographs uint8 [3, H, W] and maps
+            [H, W], which share one scale of colours.
+        path: picture to write; a file object receives a PNG.
+        names: a label for each row, shortened to its height.
+        scale: what the maps measure, beside their colour bar.
+        marks: (x, y) of numbered points in the first panel, in its pixels.
+        title: of the whole sheet.
+        dpi: resolution.
+    """
+    columns = list(panels.values())
+    heights = [image.shape[-2] / image.shape[-1] for image in columns[0]]
+    maps = [image for column in columns for image in column if image.ndim == 2]
+    low, high = (min(m.min().item() for m in maps), max(m.max().item() for m in maps)) if maps else (0, 1)
+    panel = min(max(_PAGE / len(columns), _PANEL[0]), _PANEL[1])
+    width = panel * len(columns) + 0.2 * bool(names) + _BAR * bool(maps)
+    lines = 1 + max(heading.count("\n") for heading in panels)
+    height = panel * sum(heights) + 0.2 * lines + 0.25 * bool(title)
+    with figure(path, width, height, dpi) as sheet:
+        sheet.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
+        axes = sheet.subplots(len(heights), len(columns), squeeze=False, height_ratios=heights)
+        for column, (heading, images) in enumerate(panels.items()):
+            axes[0, column].set_title(heading, pad=4)
+            for axis, image in zip(axes[:, column], images, strict=True):
+                pixels = image.cpu().numpy()
+                pixels = pixels.transpose(1, 2, 0) if image.ndim == 3 else pixels
+                shown = axis.imshow(pixels, vmin=low, vmax=high, interpolation="antialiased")
+                axis.set(xticks=[], yticks=[])
+                axis.spines[:].set_visible(False)
+        for row, name in enumerate(names):
+            axes[row, 0].set_ylabel(_shorten(name, panel * heights[row]), fontsize=8)
+        for number, (x, y) in enumerate(marks, 1):
+            axes[0, 0].plot(x, y, "o", markersize=9, mfc="white", mec="black", clip_on=False)
+            axes[0, 0].annotate(
+                f"{number}", (x, y), ha="center", va="center_baseline", fontsize=6.5, color="black"
+            )
+        if maps:
+            color_bar(shown, list(axes.flat), scale, width, height)
+        if title:
+            sheet.suptitle(title, fontsize=10)
+
+
+def _shorten(name: str, inches: float) -> str:
+    """What of a name fits, its middle left out: names of files often differ at their ends."""
+    room = max(int(inches / _LETTER), 3)
+    if len(name) <= room:
+        return name
+    end = (room - 1) // 2
+    return f"{name[: room - 1 - end]}…{name[-end:]}"
+
+
+# -------------------------------------------------------------------------------------------------- curves
+def save_curves(logs: Sequence[str | Path], path: str | Path | BinaryIO) -> None:
+    """Draw loss and learning rate over the steps of one or several runs.
+
+    A long log is drawn pale, with its moving mean on top.
+
+    Args:
+        logs: `log.jsonl` files, or the folders they lie in.
+        path: picture to write; a file object receives a PNG.
+
+    Raises:
+        FileNotFoundError: no such log.
+        ValueError: a log without any step, or a line that is none.
+    """
+    runs = [(_name_of(Path(log)), _read_log(Path(log))) for log in logs]
+    with figure(path, 7, 2.7) as drawn:
+        loss, lr = drawn.subplots(1, 2, width_ratios=(2, 1))
+        for name, (steps, losses, rates) in runs:
+            window = min(_SMOOTHING, len(losses) // 10)
+            if window > 1:
+                (line,) = loss.plot(steps, losses, linewidth=0.6, alpha=0.3)
+                smooth = _moving_mean(steps, window), _moving_mean(losses, window)
+                loss.plot(*smooth, linewidth=1.3, color=line.get_color(), label=name)
+            else:
+                loss.plot(steps, losses, linewidth=1.3, label=name)
+            lr.plot(steps, rates, linewidth=1.3)
+        loss.set(xlabel="step", ylabel="loss")
+        lr.set(xlabel="step", ylabel="learning rate")
+        lr.ticklabel_format(axis="y", scilimits=(-2, 2))
+        open_axes(loss, lr)
+        for axis in (loss, lr):
+            axis.locator_params(axis="x", nbins=5)
+        if len(runs) > 1:
+            loss.legend()
+
+
+def _moving_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of each `window` neighbours, without those that are NaN."""
+    known, ones = np.isfinite(values), np.ones(window)
+    sums = np.convolve(np.where(known, values, 0), ones, "valid")
+    return sums / np.maximum(np.convolve(known, ones, "valid"), 1)
+
+
+def _log_file(log: Path) -> Path:
+    return log / "log.jsonl" if log.is_dir() else log
+
+
+def _name_of(log: Path) -> str:
+    """A log is called as its folder."""
+    return _log_file(log).resolve().parent.name
+
+
+def _read_log(log: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps, losses and learning rates of a log; null, a number that was not finite, becomes NaN."""
+    file = _log_file(log)
+    try:
+        text = file.read_text(encoding="utf-8")
+        # a run that was killed may have left its last line unfinished
+        rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        columns = [np.array([row[key] for row in rows], dtype=float) for key in ("step", "loss", "lr")]
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"{file} is no log of a run: expected step, loss and lr in each line ({error})"
+        ) from None
+    if not rows:
+        raise ValueError(f"{file} holds no steps yet")
+    return tuple(columns)
