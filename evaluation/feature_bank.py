@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from pixio.data.shards import IMAGE_SUFFIXES
 from pixio.engine.runtime import Runtime
 from pixio.files import write_atomic
 from pixio.images.crops import resize_center_crop
 from pixio.images.decoding import DamagedDataError, decode
+from pixio.images.listing import IMAGE_SUFFIXES
 from pixio.images.normalization import normalize
 
 PART = 512  # images

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pixio.data.shards import IMAGE_SUFFIXES
 from pixio.images.decoding import MAX_PIXELS, DamagedDataError, decode
+from pixio.images.listing import IMAGE_SUFFIXES
 
 
 class Pair(NamedTuple):

@@ -12,7 +12,6 @@ import os
 import shutil
 import tarfile
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -22,8 +21,8 @@ from typing import BinaryIO, NamedTuple, Protocol
 import numpy as np
 
 from pixio.images.decoding import DamagedDataError
+from pixio.images.listing import IMAGE_SUFFIXES, is_junk, list_files
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_BYTES = 1 << 29  # of one encoded image; what is larger is no photograph
 
 FOLDER_CHUNK = 256  # images of a folder that make one shard
@@ -128,7 +127,7 @@ def _index(file: BinaryIO) -> list[Entry]:
                     raise DamagedDataError(f"impossible header of member {member.name!r}")
                 last = member.offset
                 regular = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.sparse
-                if regular and member.name.lower().endswith(IMAGE_SUFFIXES):
+                if regular and member.name.lower().endswith(IMAGE_SUFFIXES) and not is_junk(member.name):
                     entries.append(Entry(member.name, member.offset_data, member.size))
             # tarfile takes a broken header for the end of the archive; the true end is zeros, or nothing
             if any(os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)):
@@ -190,20 +189,6 @@ class SceneShard:
 # --------------------------------------------------------------------------------------- where shards are
 
 
-def _walk(root: Path, suffixes: tuple[str, ...]) -> list[str]:
-    """Relative paths of all files below a folder with one of the suffixes, sorted; links are followed."""
-
-    def tell(error: OSError) -> None:
-        warnings.warn(f"{error.filename} cannot be listed and is left out: {error.strerror}", stacklevel=2)
-
-    return sorted(
-        os.path.relpath(os.path.join(folder, name), root)
-        for folder, _, names in os.walk(root, onerror=tell, followlinks=True)
-        for name in names
-        if name.lower().endswith(suffixes)
-    )
-
-
 def _tars(data_path: str | None, what: str, search: Callable[[Path], list[str]]) -> list[Shard]:
     if data_path and (is_url(data_path) or data_path.endswith(".tar")):
         from webdataset.shardlists import expand_urls
@@ -224,17 +209,17 @@ def _imagenet(data_path: str | None, size: int) -> list[Shard]:
     return _tars(
         data_path,
         "*train*.tar directly in",
-        lambda root: sorted(path.name for path in root.glob("*train*.tar")),
+        lambda root: sorted(path.name for path in root.glob("*train*.tar") if not is_junk(path.name)),
     )
 
 
 def _web(data_path: str | None, size: int) -> list[Shard]:
-    return _tars(data_path, "*.tar in or below", lambda root: _walk(root, (".tar",)))
+    return _tars(data_path, "*.tar in or below", lambda root: list_files(root, (".tar",)))
 
 
 def _images(data_path: str | None, size: int) -> list[Shard]:
     root = _folder(data_path)
-    files = _walk(root, IMAGE_SUFFIXES)
+    files = list_files(root)
     if not files:
         raise FileNotFoundError(f"no image ({', '.join(IMAGE_SUFFIXES)}) in or below {root.absolute()}")
     # one fixed permutation mixes the classes, which lie folder by folder, into every shard
