@@ -16,8 +16,17 @@ def touch(root: Path, *names: str) -> Path:
     return root
 
 
-JUNK = """._a.jpg x/._a.jpg .cache/a.jpg .ipynb_checkpoints/a.jpg .Trash-1000/files/a.jpg __MACOSX/x/a.jpg
-./__MACOSX/a.jpg @eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg $RECYCLE.BIN/a.jpg""".split()
+JUNK = [
+    "._a.jpg",
+    "x/._a.jpg",
+    ".cache/a.jpg",
+    ".ipynb_checkpoints/a.jpg",
+    ".Trash-1000/files/a.jpg",
+    "__MACOSX/x/a.jpg",
+    "./__MACOSX/a.jpg",
+    "@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg",
+    "$RECYCLE.BIN/a.jpg",
+]
 
 
 @pytest.mark.parametrize("path", JUNK)
