@@ -1,0 +1,142 @@
+"""log.jsonl, progress, TensorBoard and Weights & Biases."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pixio.engine import logger as logs_module
+from pixio.engine.logger import Log
+
+
+def lines(folder: Path) -> list[dict]:
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    return [
+        json.loads(line, parse_constant=refuse) for line in (folder / "log.jsonl").read_text().splitlines()
+    ]
+
+
+def test_the_first_every_nth_and_the_last_step_are_logged(tmp_path):
+    log = Log(tmp_path, total_steps=11, is_main=True, every=5)
+    for step in range(1, 12):
+        log.step(step, images=step * 8, loss=torch.tensor(0.5), memory_gib=lambda: 2.0, data={"damaged": 3})
+    log.close()
+    rows = lines(tmp_path)
+    assert [row["step"] for row in rows] == [1, 5, 10, 11]
+    assert rows[1]["images"] == 40
+    assert rows[1]["loss"] == 0.5
+    assert rows[1]["memory_gib"] == 2.0
+    assert rows[1]["data"] == {"damaged": 3}
+
+
+def test_throughput_and_data_wait_are_those_since_the_line_before(tmp_path, monkeypatch):
+    clock = iter(range(0, 1000, 2))  # 2 s from one logged line to the next
+    monkeypatch.setattr(logs_module._Progress, "show", lambda *_: None)
+    monkeypatch.setattr(logs_module._Progress, "advance", lambda *_: None)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    log = Log(tmp_path, total_steps=8, is_main=True, start_step=2, every=2)
+    for step in range(3, 9):
+        log.step(step, images=step * 10, data_wait=0.25)
+    log.close()
+    rows = lines(tmp_path)
+    assert [row["images_per_second"] for row in rows] == [5.0, 10.0, 10.0]
+    assert [row["data_wait_share"] for row in rows] == [0.125, 0.25, 0.25]
+
+
+def test_nothing_leaves_the_device_between_logged_steps(tmp_path):
+    log = Log(tmp_path, total_steps=10, is_main=True, every=5)
+    log.step(1, images=1, loss=1.0)
+    log.step(2, images=2, loss=lambda: pytest.fail("read between logged steps"))
+    log.close()
+
+
+def test_numbers_that_are_not_finite_are_logged_as_null(tmp_path):
+    log = Log(tmp_path, total_steps=2, is_main=True)
+    log.step(1, images=1, loss=torch.tensor(math.nan), grad_norm=math.inf)
+    log.close()
+    (row,) = lines(tmp_path)
+    assert row["loss"] is None
+    assert row["grad_norm"] is None
+
+
+def test_lines_beyond_the_resumed_step_are_dropped(tmp_path):
+    log = Log(tmp_path, total_steps=6, is_main=True, every=1)
+    for step in range(1, 6):
+        log.step(step, images=step)
+    log.close()
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 1, "ima')  # cut off by a kill
+    log = Log(tmp_path, total_steps=6, is_main=True, start_step=3, every=1)
+    log.step(4, images=44)
+    log.close()
+    assert [(row["step"], row["images"]) for row in lines(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 44)]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    log = Log(tmp_path / "run", total_steps=2, is_main=False)
+    log.step(1, images=1, loss=1.0)
+    log.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_progress_in_a_file_is_a_bounded_number_of_readable_lines(tmp_path, capsys, monkeypatch):
+    clock = iter(range(100_000))  # a second passes whenever somebody looks
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    log = Log(tmp_path, total_steps=100, is_main=True, every=1)
+    for step in range(1, 101):
+        log.step(step, images=step, loss=0.5, lr=1e-4)
+    log.close()
+    printed = capsys.readouterr().out.splitlines()
+    assert 10 < len(printed) < 40
+    assert printed[0] == "step 1/100: loss 0.5, lr 0.0001"
+    assert printed[1].endswith("left")
+    assert printed[-1].startswith("step 100/100: ")
+
+
+def test_progress_on_a_terminal_is_a_bar(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    log = Log(tmp_path, total_steps=4, is_main=True, start_step=2, every=1)
+    log.step(3, images=3, loss=0.5)
+    log.step(4, images=4, loss=0.25)
+    log.close()
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "4/4" in captured.err
+    assert "loss 0.25" in captured.err
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_report_that_is_not_installed_says_what_to_install(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(logs_module.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=f"pip install {name}"):
+        Log(tmp_path, total_steps=1, is_main=False, **{name: True})
+
+
+def test_weights_and_biases_receives_the_numbers_of_each_logged_line(tmp_path, monkeypatch):
+    received = []
+
+    class Run:
+        def log(self, row, step):
+            received.append((step, row))
+
+        def finish(self):
+            received.append("finished")
+
+    class Client:
+        __spec__ = object()
+
+        @staticmethod
+        def init(**_):
+            return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", Client)
+    log = Log(tmp_path, total_steps=5, is_main=True, wandb=True)
+    log.step(1, images=8, loss=0.5, data={"damaged": 3}, note="text")
+    log.close()
+    assert received == [(1, {"step": 1, "images": 8, "loss": 0.5, "data/damaged": 3}), "finished"]

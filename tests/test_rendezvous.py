@@ -1,0 +1,120 @@
+"""Ranks that hang, stay away or are suspended, in real processes."""
+
+import itertools
+import os
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from types import SimpleNamespace
+
+import pytest
+
+from pixio.engine import rendezvous as meeting_module
+from pixio.engine.rendezvous import Watch
+
+HANG = """
+import sys, time
+import torch
+from torch import nn
+from pixio.engine.optim import make_adamw
+from pixio.engine.runtime import start_runtime
+from pixio.engine.step import accumulate
+
+rank, world_size, port, minutes, instant = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+try:
+    place = f"tcp://127.0.0.1:{port}"
+    runtime = start_runtime("cpu", "fp32", world_size, rank, place, timeout_minutes=float(minutes))
+except OSError as error:
+    sys.exit(str(error))
+
+def hang(when):
+    if rank == 1 and instant == when:
+        time.sleep(300)
+
+def loss_fn(model, batch):
+    hang("forward")
+    return model(batch).square().mean()
+
+model = nn.Linear(2, 2)
+optimizer = make_adamw(model, 1e-2)
+wrapped = runtime.wrap(model)
+for step in range(2):
+    hang("data")
+    accumulate(runtime, wrapped, optimizer, runtime.make_scaler(), [torch.ones(2, 2)], loss_fn)
+    runtime.any(False)
+hang("end")
+runtime.close()
+"""
+
+
+def run_ranks(
+    started: int, world_size: int, minutes: float, instant: str, first: int = 0
+) -> list[tuple[int, str]]:
+    """Exit status and last words of each of the ranks that are started."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [str(word) for word in (world_size, port, minutes, instant)]
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", HANG, str(rank), *words], stderr=subprocess.PIPE, text=True)
+        for rank in range(first, first + started)
+    ]
+    try:
+        return [(rank.wait(timeout=120), rank.stderr.read()) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+@pytest.mark.parametrize("instant", ["data", "forward"])
+def test_a_rank_that_hangs_is_named_and_ends_all(instant):
+    """Before its step, or in the middle of it, while the other waits to exchange gradients."""
+    for status, said in run_ranks(2, 2, 0.1, instant):
+        assert status == 1
+        assert "have waited 0.1 minutes for rank 1 of 2" in said
+        assert socket.gethostname() in said
+
+
+def test_ranks_that_do_not_come_are_named():
+    first, second = run_ranks(2, 4, 0.1, "never")
+    assert (first[0], second[0]) == (1, 1)
+    assert "ranks 2, 3 of 4 did not come" in first[1]
+    assert "ranks 2, 3 of 4 did not come" in second[1] or "rank 0 has left" in second[1]
+
+
+def test_a_rank_that_cannot_reach_the_first_says_where_it_looked():
+    ((status, said),) = run_ranks(1, 2, 0.02, "never", first=1)
+    assert status == 1
+    assert "rank 1 cannot reach rank 0 at tcp://127.0.0.1:" in said
+
+
+def test_ranks_that_only_end_at_different_times_are_not_mistaken_for_missing():
+    assert [status for status, _ in run_ranks(2, 2, 0.1, "never")] == [0, 0]
+
+
+class Notes(dict):
+    """A store as far as `Watch` uses one."""
+
+    get = dict.__getitem__
+
+    def clone(self) -> "Notes":
+        return self
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value.encode()
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
+
+
+def test_a_run_that_was_suspended_as_a_whole_is_not_mistaken_for_a_hanging_one(monkeypatch):
+    hours, ended = itertools.count(step=3600), []
+    clock = SimpleNamespace(monotonic=lambda: next(hours), sleep=lambda _: None)
+    monkeypatch.setattr(meeting_module, "time", clock)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    watch = Watch(Notes({"host/1": b"n1", "passed/1": b"-1"}), 0, 2, timedelta(seconds=2))
+    time.sleep(0.9)  # it has looked four times
+    watch.close()
+    assert not ended
