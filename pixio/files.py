@@ -1,7 +1,10 @@
 """Files that are whole or absent, and JSON: what every room that writes stands on."""
 
+import errno
+import io
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,23 +19,27 @@ def write_atomic(path: str | os.PathLike, writer: Callable[[BinaryIO], object]) 
 
     Args:
         path: the file to make or replace; its folder exists.
-        writer: called once with the binary file to write to.
+        writer: called once with the binary file to write to, which can seek but not read.
 
     Raises:
-        OSError: the disk refused; `path` is what it was and nothing is left beside it.
+        OSError: the disk refused (a full one: with the bytes needed and free); `path` is what it was and
+            nothing is left beside it.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    measured = _MeasuredFile(temporary)
     try:
-        with open(temporary, "wb") as file:
+        with measured, io.BufferedWriter(measured) as file:
             writer(file)
             file.flush()
-            os.fsync(file.fileno())
+            measured.fsync()
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if full := disk_full(measured.refusal or error, path, measured.size):
+            raise full from error
         raise
-    fsync_folder(path.parent)
+    fsync(path.parent)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -63,20 +70,141 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def temporary_path(target: Path) -> Iterator[Path]:
-    """A path to write a file or folder to (and files beside it), which move to `target` once complete."""
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-        yield Path(folder) / target.name
-        for made in sorted(Path(folder).iterdir(), reverse=True):  # what the target refers to comes first
-            os.replace(made, target.parent / made.name)
-    fsync_folder(target.parent)
+def temporary_path(target: str | os.PathLike, size: int = 0) -> Iterator[Path]:
+    """A path to write a file or folder to (and files beside it), which move to `target` once complete.
+
+    Args:
+        target: the file to make or replace, or the folder to make; its folder exists.
+        size: bytes that it takes at least, where that is known before.
+
+    Raises:
+        OSError: the disk refused, as in `write_atomic`.
+    """
+    target = Path(target)
+    if size:
+        require_free(target, size)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            yield Path(folder) / target.name
+            for file in Path(folder).rglob("*"):
+                if file.is_file():
+                    fsync(file)
+            for made in sorted(Path(folder).iterdir(), reverse=True):  # what the target refers to comes first
+                os.replace(made, target.parent / made.name)
+    except Exception as error:
+        if full := disk_full(error, target, size):
+            raise full from error
+        raise
+    fsync(target.parent)
 
 
-def fsync_folder(folder: Path) -> None:
-    """Names of new files reach the disk too; not every system can do that."""
-    if hasattr(os, "O_DIRECTORY"):
-        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove what processes that were killed in `write_atomic` have left in a folder.
+
+    Args:
+        folder: where nobody else is writing files of that name.
+        name: of the file that was to be written, or a pattern for several.
+    """
+    for leftover in folder.glob(f".{name}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+def require_free(path: str | os.PathLike, size: int) -> None:
+    """Refuse to begin a file or folder that the disk has no room for.
+
+    Args:
+        path: what is to be written; its folder exists.
+        size: bytes it will take.
+
+    Raises:
+        OSError: fewer are free.
+    """
+    if shutil.disk_usage(Path(path).parent).free < size:
+        raise disk_full(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), path, size)
+
+
+def disk_full(error: BaseException | None, path: str | os.PathLike, needed: int = 0) -> OSError | None:
+    """What to tell a user when `error`, raised by any library while `path` was written, is a full disk's.
+
+    Args:
+        error: the exception; those during whose handling it was raised count too.
+        path: what was to be written.
+        needed: bytes that it takes; 0 when that is not known.
+
+    Returns:
+        An error of one line, or None when `error` is of another kind.
+    """
+    while error is not None:
+        for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if getattr(error, "errno", None) == code or os.strerror(code) in str(error):
+                path = Path(path).absolute()
+                room = f"{shutil.disk_usage(path.parent).free:,} bytes free"
+                room = f"{needed:,} bytes needed, {room}" if needed else f"more needed than the {room}"
+                full = OSError(f"cannot write {path}: {os.strerror(code)} ({room})")
+                full.errno = code
+                return full
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def fsync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk; not every system can do that for folders."""
+    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
+        return
+    opened = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+class _MeasuredFile(io.RawIOBase):
+    """A new file; once its disk is full it only counts the bytes that are still written to it.
+
+    Attributes:
+        size: bytes of the whole file.
+        refusal: what the disk said first, or None.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.size = self._position = 0
+        self.refusal: OSError | None = None
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by `close`)
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        written = len(data)
+        if self.refusal is None:
+            try:
+                written = self._file.write(data)
+            except OSError as error:
+                self.refusal = error
+        self._position += written
+        self.size = max(self.size, self._position)
+        return written
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = (
+            offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
+        )
+        return self._file.seek(self._position)
+
+    def fsync(self) -> None:
+        """Bring all to the disk.
+
+        Raises:
+            OSError: it refused, now or before.
+        """
+        if self.refusal is not None:
+            raise self.refusal
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()

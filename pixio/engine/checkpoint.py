@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from pixio.engine.runtime import GIB, Runtime
 from pixio.engine.storage import Stored, check_parts, checksum, file_of, read_tensors, write_tensors
-from pixio.files import fsync_folder, write_atomic
+from pixio.files import fsync, write_atomic
 
 _CHECKPOINT = re.compile(r"step_(\d{8,})(?:-(\d+))?")
 _POINTER, _VALUES = "latest", "state.pt"
@@ -292,7 +292,7 @@ class Checkpoints:
                 break
             path = self.folder / f"step_{step:08d}-{attempt}"
         os.replace(aside, path)
-        fsync_folder(self.folder)  # before the pointer can be there
+        fsync(self.folder)  # before the pointer can be there
         write_atomic(self.folder / _POINTER, lambda file: file.write(path.name.encode() + b"\n"))
 
         # Later ones, if any, belong to a future somebody went back from: they are not ours to judge.
