@@ -77,9 +77,8 @@ def test_what_a_disk_has_no_room_for_is_not_begun(tmp_path, monkeypatch):
 
 def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
     assert disk_full(PermissionError(errno.EACCES, "no"), tmp_path) is None
-    with pytest.raises(FileExistsError), temporary_path(tmp_path / "file") as path:
-        path.mkdir()
-        path.mkdir()
+    with pytest.raises(FileNotFoundError), temporary_path(tmp_path / "file") as path:
+        (path / "absent").mkdir()
     assert list(tmp_path.iterdir()) == []
 
 
