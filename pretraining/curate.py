@@ -32,8 +32,7 @@ from tqdm import tqdm
 
 import pixio
 from pixio.data import Curation, find_shards
-from pixio.data.curation import ENTROPY_SIZE, color_entropy
-from pixio.data.loader import has_scores, statistics_path
+from pixio.data.curation import ENTROPY_SIZE, color_entropy, has_scores, statistics_path
 from pixio.data.shards import Entry, TarShard
 from pixio.engine.config import option, parse
 from pixio.engine.runtime import Runtime, start_runtime

@@ -11,6 +11,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -25,8 +26,9 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as tvf
 
 from pixio.data import Curation, DataError, Loader, Stream, find_shards, open_stream
-from pixio.data import loader as streams_module
-from pixio.data.shards import Entry, Past, Plan
+from pixio.data import stream as stream_module
+from pixio.data.sampling import ResumedFrom, Sampler
+from pixio.data.tar_index import Entry
 from pixio.images import decoding, jpeg, normalization
 from pixio.images.crops import crop_box, decode_crop, random_resized_crop, resize_center_crop
 from pixio.images.decoding import DamagedDataError, decode
@@ -96,11 +98,11 @@ def take(loader: Loader, batches: int) -> list[list[int]]:
 
 
 class Consumers:
-    """Index-level stand-ins of all consumers of a plan: they note (pass, entry) and know where they stand."""
+    """Index-level stand-ins of all consumers: they note (epoch, entry) and know where they stand."""
 
-    def __init__(self, plan: Plan, sizes: list[int], first: int = 0) -> None:
-        self.plan, self.sizes = plan, sizes
-        self.positions = [(first, 0, 0)] * plan.consumers
+    def __init__(self, sampler: Sampler, sizes: list[int], first: int = 0) -> None:
+        self.sampler, self.sizes = sampler, sizes
+        self.positions = [(first, 0, 0)] * sampler.consumers
         self.seen: Counter = Counter()
 
     def index(self, shard: int) -> list[Entry]:
@@ -109,7 +111,7 @@ class Consumers:
     def read(self, consumer: int, count: float, until_pass: int = 10**9) -> None:
         number, group, done = self.positions[consumer]
         while count > 0 and number < until_pass:
-            groups = self.plan.deal(number)[consumer]
+            groups = self.sampler.assign(number)[consumer]
             if group == len(groups):
                 number, group, done = number + 1, 0, 0
                 continue
@@ -124,9 +126,9 @@ class Consumers:
 
     def successor(self, consumers: int) -> "Consumers":
         """Other consumers that go on from here."""
-        past = Past(self.plan, tuple(self.positions))
-        plan = Plan(self.plan.shards, consumers, self.plan.seed, self.plan.shuffle_shards, past)
-        after = Consumers(plan, self.sizes, min(number for number, _, _ in self.positions))
+        past = ResumedFrom(self.sampler, tuple(self.positions))
+        sampler = replace(self.sampler, consumers=consumers, resumed_from=past)
+        after = Consumers(sampler, self.sizes, min(number for number, _, _ in self.positions))
         after.seen = self.seen
         return after
 
@@ -137,7 +139,7 @@ shard_sizes = st.lists(st.integers(0, 7), min_size=1, max_size=9)
 @settings(max_examples=60, deadline=None)
 @given(shard_sizes, st.integers(1, 12), st.integers(1, 4), st.integers(0, 99))
 def test_each_image_is_read_by_exactly_one_consumer_per_pass(sizes, consumers, shuffle, seed):
-    readers = Consumers(Plan(len(sizes), consumers, seed, shuffle), sizes)
+    readers = Consumers(Sampler(len(sizes), consumers, seed, shuffle), sizes)
     for consumer in range(consumers):
         readers.read(consumer, math.inf, until_pass=3)
     everything = {(n, f"{s}/{i}") for n in range(3) for s, size in enumerate(sizes) for i in range(size)}
@@ -148,13 +150,13 @@ def test_each_image_is_read_by_exactly_one_consumer_per_pass(sizes, consumers, s
 @given(st.data(), shard_sizes, st.integers(0, 99))
 def test_passes_stay_exact_over_changes_of_topology(data, sizes, seed):
     total = sum(sizes)
-    readers = Consumers(Plan(len(sizes), data.draw(st.integers(1, 6)), seed, shuffle_shards=2), sizes)
+    readers = Consumers(Sampler(len(sizes), data.draw(st.integers(1, 6)), seed, shuffle_shards=2), sizes)
     for _ in range(data.draw(st.integers(1, 3))):
-        for consumer in range(readers.plan.consumers):
+        for consumer in range(readers.sampler.consumers):
             readers.read(consumer, data.draw(st.integers(0, 2 * total)))
         readers = readers.successor(data.draw(st.integers(1, 6)))
     last = max(number for number, _ in readers.seen) + 2 if readers.seen else 2
-    for consumer in range(readers.plan.consumers):
+    for consumer in range(readers.sampler.consumers):
         readers.read(consumer, math.inf, until_pass=last)
     everything = {(n, f"{s}/{i}") for n in range(last) for s, size in enumerate(sizes) for i in range(size)}
     assert readers.seen == dict.fromkeys(everything, 1)
@@ -163,14 +165,17 @@ def test_passes_stay_exact_over_changes_of_topology(data, sizes, seed):
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 3000), st.integers(1, 1000))
 def test_consumers_get_passes_of_nearly_equal_length(shards, consumers):
-    units = shards * Plan(shards, consumers, 0).parts
+    units = shards * Sampler(shards, consumers, 0).parts
     assert -(-units // consumers) <= 1.25 * (units // consumers)
 
 
 def test_shards_and_samples_are_reshuffled_every_pass():
-    readers = Consumers(Plan(40, 1, seed=0, shuffle_shards=4), [10] * 40)
+    readers = Consumers(Sampler(40, 1, seed=0, shuffle_shards=4), [10] * 40)
     order = [
-        [[entry.key for _, entry in group.entries(readers.index)] for group in readers.plan.deal(number)[0]]
+        [
+            [entry.key for _, entry in group.entries(readers.index)]
+            for group in readers.sampler.assign(number)[0]
+        ]
         for number in (0, 1)
     ]
     assert [{key.split("/")[0] for key in group} for group in order[0]] != [
@@ -186,7 +191,7 @@ def test_shards_and_samples_are_reshuffled_every_pass():
 
 def test_another_seed_gives_another_order():
     entries = [Entry(str(i)) for i in range(50)]
-    groups = [Plan(1, 1, seed).deal(0)[0][0] for seed in (0, 1)]
+    groups = [Sampler(1, 1, seed).assign(0)[0][0] for seed in (0, 1)]
     assert groups[0].entries(lambda shard: entries) != groups[1].entries(lambda shard: entries)
 
 
@@ -202,7 +207,7 @@ def test_loader_gives_every_image_once_per_pass(tmp_path, workers):
         own = loader.world_size * max(workers, 1)
         lengths = [
             sum(len(group.entries(lambda s: [Entry("")] * [5, 9, 7, 3][s])) for group in groups)
-            for groups in loader._plan.deal(0)[rank * own // 2 : (rank + 1) * own // 2]
+            for groups in loader._sampler.assign(0)[rank * own // 2 : (rank + 1) * own // 2]
         ]
         # the readers of a rank alternate: reader r gives batches r, r + W, …
         taken = take(loader, max(lengths) * len(lengths))
@@ -277,7 +282,7 @@ def test_resuming_decodes_nothing_that_it_skips(tmp_path, monkeypatch):
     take(interrupted, 40)
     decoded = []
     monkeypatch.setattr(
-        streams_module, "decode_crop", lambda *args, **kw: decoded.append(args) or decode_crop(*args, **kw)
+        stream_module, "decode_crop", lambda *args, **kw: decoded.append(args) or decode_crop(*args, **kw)
     )
     take(Loader(stream, state=[interrupted.state_dict()]), 1)
     assert len(decoded) == 4
@@ -685,7 +690,7 @@ def test_dead_worker_is_reported_with_shard_and_member(tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGKILL)
         return decode_crop(data, *args, **options)
 
-    monkeypatch.setattr(streams_module, "decode_crop", read)
+    monkeypatch.setattr(stream_module, "decode_crop", read)
     with pytest.raises(
         DataError, match=r"worker process died while it read set-train-001\.tar: '00017\.png'"
     ):

@@ -1,0 +1,216 @@
+"""Endless streams of pre-training crops: curated, and robust to damaged data.
+
+Every random choice (order, acceptance, crop) is a pure function of (seed, epoch, shard, entry), so the whole
+state of a stream is where each consumer stands; see `pixio.data.sampling`.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pixio.data.curation import Curation
+from pixio.data.randomness import generator
+from pixio.data.read_statistics import ReadStatistics
+from pixio.data.sampling import Group, Position, Sampler
+from pixio.data.shards import OpenShard, Shard, find_shards
+from pixio.data.tar_index import Entry
+from pixio.data.worker_status import WorkerStatus
+from pixio.images import jpeg
+from pixio.images.crops import crop_box, decode_crop, random_resized_crop
+from pixio.images.decoding import DamagedDataError
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The recipe of a stream: where its images are, and what becomes of them.
+
+    Args:
+        shards: the training set.
+        size: side S of the crops, pixels.
+        batch_size: crops per batch and rank.
+        seed: of order, acceptance and crops.
+        crop_scale: range of a crop's share of the image's area.
+        curation: which images to train on; None for all.
+        shuffle_shards: shards whose images are shuffled together.
+        error_budget: share of failures among the images read that stops the run.
+        decode: `fast`, or `exact` for the reference; see `decode_crop`.
+    """
+
+    shards: Sequence[Shard] = field(repr=False)
+    size: int
+    batch_size: int
+    seed: int = 0
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    curation: Curation | None = None
+    shuffle_shards: int = 8
+    error_budget: float = 0.2
+    decode: Literal["fast", "exact"] = "fast"
+
+    def __post_init__(self) -> None:
+        if not self.shards:
+            raise ValueError("the training set holds no shard")
+        if min(self.size, self.batch_size, self.shuffle_shards) < 1:
+            found = f"{self.size}, {self.batch_size} and {self.shuffle_shards}"
+            raise ValueError(f"size, batch_size and shuffle_shards must be positive, found {found}")
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale must satisfy 0 < smallest <= largest <= 1, found {self.crop_scale}")
+
+    def identity(self) -> dict[str, Any]:
+        """What positions in this stream depend on, as plain values."""
+        names = "\n".join(shard.name for shard in self.shards)
+        return {
+            "seed": self.seed,
+            "shuffle_shards": self.shuffle_shards,
+            "shards": len(self.shards),
+            "shard_names": hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16],
+        }
+
+
+def open_stream(
+    dataset_type: str,
+    data_path: str | None,
+    *,
+    size: int,
+    batch_size: int,
+    seed: int = 0,
+    crop_scale: tuple[float, float] = (0.2, 1.0),
+    json_path: str | None = None,
+    hist_thresh: float | None = None,
+    imgres_thresh: int | None = None,
+    soft_sampling: bool = False,
+    shuffle_shards: int = 8,
+    error_budget: float = 0.2,
+    decode: Literal["fast", "exact"] = "fast",
+) -> Stream:
+    """Describe a stream of training images; `Loader` reads it.
+
+    Args:
+        dataset_type, data_path: what to read, and where; see `find_shards`.
+        json_path, hist_thresh, imgres_thresh, soft_sampling: curation of a `webdataset`; see `Curation`.
+        size, batch_size, seed, crop_scale, shuffle_shards, error_budget, decode: see `Stream`.
+
+    Raises:
+        ValueError: unknown type, or settings that contradict each other.
+        FileNotFoundError: no such data or statistics.
+    """
+    wanted = hist_thresh is not None or imgres_thresh is not None or soft_sampling
+    if wanted and not json_path:
+        raise ValueError("hist_thresh, imgres_thresh and soft_sampling need the statistics in json_path")
+    if json_path and dataset_type != "webdataset":
+        raise ValueError(f"json_path curates dataset_type webdataset only, found {dataset_type}")
+    curation = Curation(json_path, hist_thresh, imgres_thresh, soft_sampling) if json_path else None
+    if decode == "fast" and jpeg.simplejpeg is None:
+        warnings.warn(
+            "simplejpeg is not installed, Pillow decodes JPEGs more slowly: pip install simplejpeg",
+            stacklevel=2,
+        )
+    shards = find_shards(dataset_type, data_path, size)
+    return Stream(shards, size, batch_size, seed, crop_scale, curation, shuffle_shards, error_budget, decode)
+
+
+class StreamReader:
+    """Reads a stream as one consumer of a sampler; `status` follows what is read."""
+
+    def __init__(self, stream: Stream, sampler: Sampler, consumer: int, status: WorkerStatus) -> None:
+        self.stream, self.sampler, self.consumer, self.status = stream, sampler, consumer, status
+        self.statistics = ReadStatistics(stream.error_budget)
+
+    def batches(self, start: Position) -> Iterator[dict[str, Any]]:
+        """Read from a position on, without end.
+
+        Yields:
+            `images` uint8 [B, 3, S, S] in channels-last memory, `position` after them, `counts` and `errors`
+            since the last batch.
+
+        Raises:
+            DataError: too many failures, or nothing to read.
+        """
+        images, filled = None, 0
+        for image, position in self._crops(start):
+            if images is None:
+                shape = (self.stream.batch_size, 3, self.stream.size, self.stream.size)
+                # the order in which pixels are decoded: transposing them would cost as much as resizing
+                images = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+            images[filled] = image
+            filled += 1
+            if filled == self.stream.batch_size:
+                yield {"images": images, "position": list(position), **self.statistics.flush()}
+                images, filled = None, 0
+
+    def _crops(self, start: Position) -> Iterator[tuple[Tensor, Position]]:
+        """The crops that are kept, each with the position after it."""
+        epoch, begun, done = start
+        counts = self.statistics.counts
+        while True:
+            groups = self.sampler.assign(epoch)[self.consumer]
+            for i in range(begun, len(groups)):
+                kept = counts["kept"]
+                with ExitStack() as stack:
+                    opened = self._open(groups[i], epoch, stack)
+                    entries = groups[i].entries(
+                        lambda shard, opened=opened: opened[shard][0].entries if shard in opened else ()
+                    )
+                    for at in range(done, len(entries)):
+                        shard, entry = entries[at]
+                        crop = self._crop(epoch, shard, entry, *opened[shard])
+                        if crop is not None:
+                            yield crop, (epoch, i, at + 1)
+                if done == 0 and counts["kept"] == kept:
+                    self.statistics.end_empty(groups[i], self.sampler)
+                done = 0
+            begun = 0
+            epoch += 1
+
+    def _open(
+        self, group: Group, epoch: int, stack: ExitStack
+    ) -> dict[int, tuple[OpenShard, dict[str, Any] | None]]:
+        """Index the shards of a group, with their curation statistics, leaving out what cannot be read."""
+        opened = {}
+        for index in group.shards():
+            shard, records = self.stream.shards[index], None
+            self.status.set(shard.name)
+            try:
+                if self.stream.curation:
+                    records = self.stream.curation.load(shard)
+                    if records is None:
+                        self.statistics.counts["shard_without_statistics"] += 1
+                        continue
+                opened[index] = stack.enter_context(shard.open(epoch)), records
+            except (DamagedDataError, OSError) as error:
+                self.statistics.fail("bad_shard", shard.name, error)
+        return opened
+
+    def _crop(
+        self, epoch: int, shard: int, entry: Entry, source: OpenShard, records: dict[str, Any] | None
+    ) -> Tensor | None:
+        """The crop of one image in an epoch, uint8 [3, S, S], or None if it is dropped."""
+        stream, counts = self.stream, self.statistics.counts
+        counts["seen"] += 1
+        name = stream.shards[shard].name
+        visit = (stream.seed, epoch, name, entry.key)
+        if stream.curation and (reason := stream.curation.rejects(records.get(entry.key), *visit)):
+            counts[reason] += 1
+            return None
+        where = f"{name}: {entry.key!r}"
+        self.status.set(where)
+        rng = generator("crop", *visit)
+        try:
+            data = source.read(entry)
+            if isinstance(data, bytes):
+                box = partial(crop_box, rng, scale=stream.crop_scale)
+                crop = decode_crop(data, stream.size, box, exact=stream.decode == "exact")
+            else:
+                crop = random_resized_crop(Image.fromarray(data), rng, stream.size, stream.crop_scale)
+        except (DamagedDataError, OSError) as error:
+            self.statistics.fail("bad_image", where, error)
+            return None
+        self.statistics.keep()
+        return crop
