@@ -3,7 +3,7 @@
 @dataclass(frozen=True)
 class TrainConfig:
     '''Train something.'''
-    lr: float = option(1e-3, "peak learning rate")
+    lr: float = option(1e-3, "peak learning rate", gt=0)
     head: Literal["linear", "dpt"] = option("dpt", "what is trained", aliases=("decoder",))
     config: str | None = option(None, "YAML file with any of these")
 
@@ -13,30 +13,61 @@ config = parse(TrainConfig)
 import argparse
 import dataclasses
 import difflib
+import importlib
+import inspect
 import json
 import math
+import operator
 import os
+import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from pixio.files import write_atomic
+from pixio.files import write_text
 
 Config = TypeVar("Config")
+_HOLDS = {"gt": operator.gt, "ge": operator.ge, "lt": operator.lt, "le": operator.le}
+_LIMITS = {"gt": "above", "ge": "of at least", "lt": "below", "le": "of at most"}
 
 
-def option(default: Any = MISSING, help: str = "", aliases: Sequence[str] = ()) -> Any:
-    """A dataclass field with the text `--help` shows for it.
+def option(
+    default: Any = MISSING,
+    help: str = "",
+    aliases: Sequence[str] = (),
+    *,
+    choices: str = "",
+    metavar: str | tuple[str, ...] | None = None,
+    positional: bool = False,
+    negatable: bool = True,
+    **bounds: float,
+) -> Any:
+    """A dataclass field with the text `--help` shows for it and the values it may have.
 
     Args:
         default: without one the option is required.
-        help: what it does, with its unit.
+        help: what it does, with its unit; "{choices}" stands for the list of them.
         aliases: further names, on the command line and in YAML.
+        choices: "module:TABLE", whose keys are the texts allowed; imported when the command line is read.
+        metavar: what `--help` shows for the value.
+        positional: an argument without a flag.
+        negatable: of a switch, whether `--help` shows `--no_flag` too.
+        bounds: gt, ge, lt, le: what every number of the option must be greater than, at least, less than,
+            at most.
     """
-    metadata = {"help": help, "aliases": tuple(aliases)}
+    assert bounds.keys() <= _HOLDS.keys(), f"no such bound: {bounds}"
+    metadata = {
+        "help": help,
+        "aliases": tuple(aliases),
+        "choices": choices,
+        "metavar": metavar,
+        "positional": positional,
+        "negatable": negatable,
+        "bounds": bounds,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -44,47 +75,75 @@ def parse(
     cls: type[Config],
     argv: Sequence[str] | None = None,
     prog: str | None = None,
-    description: str | None = None,
+    epilog: str | None = None,
 ) -> Config:
     """Make a `cls` from the command line and from the YAML file that its field `config`, if any, names.
 
-    Fields may be int, float, str, Path, bool (`--flag`, `--no_flag`), Literal, tuples of those, and `| None`
-    of any ("none" on the command line). A mistake ends the program with one line, exit status 2.
+    Fields may be int, float, str, Path, bool (`--flag`, `--no_flag`, `--flag=false`), Literal, tuples of
+    those (of tuples: a flag that may be given several times), and `| None` of any ("none" on the command
+    line). A leading ~ in text is the home folder. A mistake ends the program with one line, exit status 2.
 
     Args:
-        cls: a dataclass; a ValueError from its `__post_init__` is a user's mistake too.
+        cls: a dataclass; its docstring is the description in `--help`, and a ValueError from its
+            `__post_init__` is a user's mistake too.
         argv: arguments, or None for the program's own.
         prog: name of the program in messages.
-        description: what `--help` begins with; None takes the docstring of `cls`.
+        epilog: what `--help` ends with.
     """
     parser = _Parser(
         prog=prog,
-        description=description or cls.__doc__,
+        description=inspect.cleandoc(cls.__doc__ or ""),
+        epilog=epilog,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     hints = typing.get_type_hints(cls)
-    for name, field in fields.items():
-        _add_flag(parser, field, hints[name])
-    given, unknown = parser.parse_known_args(argv)
-    flags = [flag for action in parser._actions for flag in action.option_strings]
+    options = {
+        field.name: _Option(field, hints[field.name]) for field in dataclasses.fields(cls) if field.init
+    }
+    for each in options.values():
+        each.add_to(parser)
+    words = [_plain_switch(parser, word) for word in (sys.argv[1:] if argv is None else argv)]
+    given, unknown = parser.parse_known_args(words)
     if unknown:
         word = unknown[0].partition("=")[0]
         kind = "flag" if word.startswith("-") else "argument"
-        parser.error(f"unknown {kind} {word}{_nearest(word, flags)}")
+        parser.error(f"unknown {kind} {word}{_nearest(word, parser._option_string_actions)}")
 
     try:
-        values = {name: _convert(f"--{name}", value, hints[name]) for name, value in vars(given).items()}
+        values = {
+            name: options[name].convert(options[name].flag, value) for name, value in vars(given).items()
+        }
         if values.get("config"):
-            values = _read_yaml(values["config"], fields, hints) | values
-        missing = [f"--{name}" for name, field in fields.items() if name not in values and _required(field)]
+            values = _read_yaml(values["config"], options) | values
+        missing = [each.label for name, each in options.items() if name not in values and each.required]
         if missing:
             raise ValueError(f"missing {', '.join(missing)}")
         return cls(**values)
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
+
+
+def parse_command(
+    commands: Mapping[str, type], argv: Sequence[str] | None = None, prog: str = "", description: str = ""
+) -> Any:
+    """Parse `prog COMMAND …`: make the dataclass of the command named first; see `parse`.
+
+    Args:
+        commands: name -> dataclass; an attribute `example` of it ends its `--help`.
+        argv: arguments, or None for the program's own.
+        prog: name of the program in messages.
+        description: what its `--help` begins with.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    listed = parser.add_subparsers(required=True, metavar="command")
+    for name, cls in commands.items():
+        listed.add_parser(name, help=(cls.__doc__ or "").split("\n")[0], add_help=False)
+    parser.parse_args(words[:1])
+    name, *rest = words
+    return parse(commands[name], rest, f"{prog} {name}", f"example: {prog} {name} {commands[name].example}")
 
 
 def save_config(config: Any, path: str | os.PathLike) -> None:
@@ -96,8 +155,7 @@ def save_config(config: Any, path: str | os.PathLike) -> None:
     """
     values = dataclasses.asdict(config)
     values.pop("config", None)  # its content is in the other values already
-    text = json.dumps(values, indent=2, default=str, allow_nan=False) + "\n"
-    write_atomic(path, lambda file: file.write(text.encode()))
+    write_text(path, json.dumps(values, indent=2, default=str, allow_nan=False) + "\n")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -106,42 +164,138 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Switch(argparse.Action):
-    """`--flag` and `--no_flag`: the second half of the option strings says no."""
-
     def __call__(self, parser, namespace, values, option_string=None) -> None:
-        yes = self.option_strings[: len(self.option_strings) // 2]
-        setattr(namespace, self.dest, option_string in yes)
+        setattr(namespace, self.dest, not option_string.startswith("--no_"))
 
 
-def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any) -> None:
-    names = [field.name, *field.metadata.get("aliases", ())]
-    text = field.metadata.get("help", "")
-    if not _required(field):
-        text = f"{text} (default: {_show(field.default)})"
-    else:
-        text = f"{text} (required)"
-    text = text.strip().replace("%", "%%")
-    kind, arguments = _kind(hint)
-    flags = [f"--{name}" for name in names]
-    if kind is bool:
-        flags += [f"--no_{name}" for name in names]
-        parser.add_argument(*flags, dest=field.name, action=_Switch, nargs=0, help=text)
-        return
-    count = None
-    if kind is tuple:
-        count = "*" if arguments[-1] is Ellipsis else len(arguments)
-        kind, arguments = _kind(arguments[0])
-    metavar = "{" + ",".join(map(str, arguments)) + "}" if kind is Literal else kind.__name__.upper()
-    parser.add_argument(*flags, dest=field.name, nargs=count, metavar=metavar, help=text)
+def _plain_switch(parser: _Parser, word: str) -> str:
+    """`--flag=true` and `--flag=false` as `--flag` and `--no_flag`; any other word as it is."""
+    flag, equals, value = word.partition("=")
+    if not equals or not isinstance(parser._option_string_actions.get(flag), _Switch):
+        return word
+    if value not in ("true", "false"):
+        parser.error(f"{flag} must be true or false, found {value}")
+    if value == "true":
+        return flag
+    return f"--{flag[5:]}" if flag.startswith("--no_") else f"--no_{flag[2:]}"
 
 
-def _required(field: dataclasses.Field) -> bool:
-    return field.default is MISSING
+class _Option:
+    """A field of a configuration: its place on the command line, and the conversion of its values."""
+
+    def __init__(self, field: dataclasses.Field, hint: Any):
+        self.name, self.default, self.hint = field.name, field.default, hint
+        self.help, self.metavar = field.metadata["help"], field.metadata["metavar"]
+        self.positional, self.negatable = field.metadata["positional"], field.metadata["negatable"]
+        self.names: tuple[str, ...] = (field.name, *field.metadata["aliases"])
+        self.bounds: dict[str, float] = field.metadata["bounds"]
+        self.required = field.default is MISSING
+        self.label = field.name if self.positional else f"--{field.name}"
+        module, _, table = field.metadata["choices"].partition(":")
+        self.choices = list(getattr(importlib.import_module(module), table)) if module else []
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        default = " (required)" if self.required else f" (default: {_show(self.default)})"
+        text = self.help.replace("{choices}", ", ".join(self.choices))
+        text += "" if self.required and self.positional else default
+        settings: dict[str, Any] = {"help": text.strip().replace("%", "%%")}
+        kind, arguments = _kind(self.hint)
+        if kind is bool:
+            settings |= {"dest": self.name, "action": _Switch, "nargs": 0}
+            on, off = [f"--{name}" for name in self.names], [f"--no_{name}" for name in self.names]
+            parser.add_argument(*on, *(off if self.negatable else ()), **settings)
+            if not self.negatable:
+                parser.add_argument(*off, **settings | {"help": argparse.SUPPRESS})
+            return
+        if kind is tuple and _kind(arguments[0])[0] is tuple:
+            settings["action"] = "append"
+            kind, arguments = _kind(arguments[0])
+        if kind is tuple:
+            some = "+" if self.positional and self.required else "*"
+            settings["nargs"] = some if arguments[-1] is Ellipsis else len(arguments)
+            kind, arguments = _kind(arguments[0])
+        choices = arguments if kind is Literal else self.choices
+        shown = "{" + ",".join(map(str, choices)) + "}" if choices else kind.__name__.upper()
+        if self.positional:
+            parser.add_argument(self.name, metavar=self.metavar or self.name, **settings)
+        else:
+            flags = [f"--{name}" for name in self.names]
+            parser.add_argument(*flags, dest=self.name, metavar=self.metavar or shown, **settings)
+
+    def convert(self, label: str, value: Any, hint: Any = None) -> Any:
+        """`value`, text from the command line or anything from YAML, as the type of this option.
+
+        Raises:
+            ValueError: it is not of that type or not in its range; the message names `label`, the value and
+                what it must be.
+        """
+        hint = hint or self.hint
+        kind, arguments = _kind(hint)
+        wrong = ValueError(f"{label} must be {self.describe(hint)}, found {_show(value)}")
+        if _optional(hint) and (value is None or (label.startswith("--") and value in ("none", ["none"]))):
+            return None
+        if kind is Literal:
+            for choice in arguments:
+                if value == choice or value == str(choice):
+                    return choice
+            raise wrong
+        if kind is tuple:
+            if not isinstance(value, list):
+                raise wrong
+            if arguments[-1] is Ellipsis:
+                arguments = (arguments[0],) * len(value)
+            if len(value) != len(arguments):
+                raise wrong
+            return tuple(
+                self.convert(label, part, inner) for part, inner in zip(value, arguments, strict=True)
+            )
+        if kind is bool:
+            if not isinstance(value, bool):
+                raise wrong
+            return value
+        if kind in (str, Path):
+            if not isinstance(value, (str, Path)) or (self.choices and value not in self.choices):
+                raise wrong
+            return kind(os.path.expanduser(value))
+        # Text passes for a number also from YAML, where 1e-4 without a dot is text.
+        if isinstance(value, bool) or not isinstance(value, (int, str) if kind is int else (int, float, str)):
+            raise wrong
+        try:
+            number = kind(value)
+        except (ValueError, OverflowError):
+            raise wrong from None
+        if not math.isfinite(number) or not all(_HOLDS[b](number, limit) for b, limit in self.bounds.items()):
+            raise wrong
+        return number
+
+    def describe(self, hint: Any) -> str:
+        kind, arguments = _kind(hint)
+        if kind is Literal:
+            text = "one of " + ", ".join(map(str, arguments))
+        elif kind is tuple and arguments[-1] is Ellipsis:
+            text = f"a list of {self.describe(arguments[0])}"
+        elif kind is tuple:
+            text = f"{len(arguments)} values: " + ", ".join(map(self.describe, arguments))
+        elif kind in (int, float):
+            text = _describe_number("integer" if kind is int else "number", self.bounds)
+        elif self.choices:
+            text = "one of " + ", ".join(self.choices)
+        else:
+            text = {bool: "true or false", str: "text", Path: "a path"}[kind]
+        return f"{text} or none" if _optional(hint) else text
 
 
-def _read_yaml(
-    path: str | os.PathLike, fields: dict[str, dataclasses.Field], hints: dict[str, Any]
-) -> dict[str, Any]:
+def _describe_number(noun: str, bounds: dict[str, float]) -> str:
+    if bounds == {"gt": 0} or (noun == "integer" and bounds == {"ge": 1}):
+        return f"a positive {noun}"
+    if bounds == {"ge": 0}:
+        return f"a non-negative {noun}"
+    limits = " and ".join(f"{_LIMITS[bound]} {limit:g}" for bound, limit in bounds.items())
+    text = "an integer" if noun == "integer" else "a number" if limits else "a finite number"
+    return f"{text} {limits}".strip()
+
+
+def _read_yaml(path: str | os.PathLike, options: dict[str, _Option]) -> dict[str, Any]:
     """Values of a YAML file by field name, checked also where the command line will win."""
     import yaml  # needed only where a file is named
 
@@ -151,60 +305,16 @@ def _read_yaml(
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold `key: value` lines, found {_show(content)}")
-    known = {name: name for name in fields if name != "config"}
-    for name, field in fields.items():
-        known |= dict.fromkeys(field.metadata.get("aliases", ()), name)
+    known = {name: each for name, each in options.items() if name != "config"}
+    known |= {alias: each for each in options.values() for alias in each.names[1:]}
     values = {}
     for key, value in content.items():
         if key not in known:
             raise ValueError(f"unknown key {key} in {path}{_nearest(str(key), known)}")
-        if known[key] in values:
+        if known[key].name in values:
             raise ValueError(f"{key} in {path} is given twice, under two names")
-        values[known[key]] = _convert(f"{key} in {path}", value, hints[known[key]])
+        values[known[key].name] = known[key].convert(f"{key} in {path}", value)
     return values
-
-
-def _convert(name: str, value: Any, hint: Any) -> Any:
-    """`value`, text from the command line or anything from YAML, as the type `hint`.
-
-    Raises:
-        ValueError: it is not of that type; the message names `name`, the value and the type.
-    """
-    kind, arguments = _kind(hint)
-    wrong = ValueError(f"{name} must be {_describe(hint)}, found {_show(value)}")
-    if _optional(hint) and (value is None or (name.startswith("--") and value in ("none", ["none"]))):
-        return None
-    if kind is Literal:
-        for choice in arguments:
-            if value == choice or value == str(choice):
-                return choice
-        raise wrong
-    if kind is tuple:
-        if not isinstance(value, list):
-            raise wrong
-        if arguments[-1] is Ellipsis:
-            arguments = (arguments[0],) * len(value)
-        if len(value) != len(arguments):
-            raise wrong
-        return tuple(_convert(name, part, inner) for part, inner in zip(value, arguments, strict=True))
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise wrong
-        return value
-    if kind in (str, Path):
-        if not isinstance(value, (str, Path)):
-            raise wrong
-        return kind(value)
-    # Text passes for a number also from YAML, where 1e-4 without a dot is text.
-    if isinstance(value, bool) or not isinstance(value, (int, str) if kind is int else (int, float, str)):
-        raise wrong
-    try:
-        number = kind(value)
-    except (ValueError, OverflowError):
-        raise wrong from None
-    if not math.isfinite(number):
-        raise wrong
-    return number
 
 
 def _kind(hint: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -220,25 +330,6 @@ def _optional(hint: Any) -> bool:
     return type(None) in typing.get_args(hint)
 
 
-def _describe(hint: Any) -> str:
-    kind, arguments = _kind(hint)
-    if kind is Literal:
-        text = "one of " + ", ".join(map(str, arguments))
-    elif kind is tuple and arguments[-1] is Ellipsis:
-        text = f"a list of {_describe(arguments[0])}"
-    elif kind is tuple:
-        text = f"{len(arguments)} values: " + ", ".join(map(_describe, arguments))
-    else:
-        text = {
-            int: "a whole number",
-            float: "a finite number",
-            bool: "true or false",
-            str: "text",
-            Path: "a path",
-        }[kind]
-    return f"{text} or none" if _optional(hint) else text
-
-
 def _show(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(map(_show, value)) or "nothing"
@@ -247,6 +338,6 @@ def _show(value: Any) -> str:
     return str(value)
 
 
-def _nearest(word: str, known: typing.Iterable[str]) -> str:
+def _nearest(word: str, known: Iterable[str]) -> str:
     match = difflib.get_close_matches(word, known, n=1, cutoff=0.0)
     return f": did you mean {match[0]}?" if match else ""
