@@ -112,9 +112,7 @@ def parse(
         parser.error(f"unknown {kind} {word}{_nearest(word, parser._option_string_actions)}")
 
     try:
-        values = {
-            name: options[name].convert(options[name].flag, value) for name, value in vars(given).items()
-        }
+        values = {name: options[name].convert(text) for name, text in vars(given).items()}
         if values.get("config"):
             values = _read_yaml(values["config"], options) | values
         missing = [each.label for name, each in options.items() if name not in values and each.required]
@@ -214,7 +212,7 @@ class _Option:
             some = "+" if self.positional and self.required else "*"
             settings["nargs"] = some if arguments[-1] is Ellipsis else len(arguments)
             kind, arguments = _kind(arguments[0])
-        choices = arguments if kind is Literal else self.choices
+        choices = self.allowed(kind, arguments)
         shown = "{" + ",".join(map(str, choices)) + "}" if choices else kind.__name__.upper()
         if self.positional:
             parser.add_argument(self.name, metavar=self.metavar or self.name, **settings)
@@ -222,64 +220,62 @@ class _Option:
             flags = [f"--{name}" for name in self.names]
             parser.add_argument(*flags, dest=self.name, metavar=self.metavar or shown, **settings)
 
-    def convert(self, label: str, value: Any, hint: Any = None) -> Any:
+    def convert(self, value: Any, label: str = "", hint: Any = None) -> Any:
         """`value`, text from the command line or anything from YAML, as the type of this option.
 
         Raises:
-            ValueError: it is not of that type or not in its range; the message names `label`, the value and
-                what it must be.
+            ValueError: it is not of that type or not in its range; the message names `label` (the flag, if
+                empty), the value, and what it must be.
         """
-        hint = hint or self.hint
+        hint, label = hint or self.hint, label or self.label
         kind, arguments = _kind(hint)
         wrong = ValueError(f"{label} must be {self.describe(hint)}, found {_show(value)}")
-        if _optional(hint) and (value is None or (label.startswith("--") and value in ("none", ["none"]))):
+        if _optional(hint) and (value is None or (label == self.label and value in ("none", ["none"]))):
             return None
-        if kind is Literal:
-            for choice in arguments:
-                if value == choice or value == str(choice):
-                    return choice
-            raise wrong
         if kind is tuple:
             if not isinstance(value, list):
                 raise wrong
-            if arguments[-1] is Ellipsis:
-                arguments = (arguments[0],) * len(value)
-            if len(value) != len(arguments):
+            inner = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+            if len(value) != len(inner):
                 raise wrong
-            return tuple(
-                self.convert(label, part, inner) for part, inner in zip(value, arguments, strict=True)
-            )
-        if kind is bool:
-            if not isinstance(value, bool):
+            return tuple(self.convert(*part) for part in zip(value, [label] * len(value), inner, strict=True))
+        if choices := self.allowed(kind, arguments):
+            found = [choice for choice in choices if value == choice or value == str(choice)]
+            if not found:
                 raise wrong
+            return found[0]
+        if kind is bool and isinstance(value, bool):
             return value
-        if kind in (str, Path):
-            if not isinstance(value, (str, Path)) or (self.choices and value not in self.choices):
-                raise wrong
+        if kind in (str, Path) and isinstance(value, (str, Path)):
             return kind(os.path.expanduser(value))
         # Text passes for a number also from YAML, where 1e-4 without a dot is text.
-        if isinstance(value, bool) or not isinstance(value, (int, str) if kind is int else (int, float, str)):
+        numbers = {int: (int, str), float: (int, float, str)}.get(kind, ())
+        if isinstance(value, bool) or not isinstance(value, numbers):
             raise wrong
         try:
             number = kind(value)
+            holds = all(_HOLDS[bound](number, limit) for bound, limit in self.bounds.items())
+            if math.isfinite(number) and holds:
+                return number
         except (ValueError, OverflowError):
-            raise wrong from None
-        if not math.isfinite(number) or not all(_HOLDS[b](number, limit) for b, limit in self.bounds.items()):
-            raise wrong
-        return number
+            pass
+        raise wrong
+
+    def allowed(self, kind: Any, arguments: tuple[Any, ...]) -> Sequence[Any]:
+        """The only values of a type that has few of them."""
+        return arguments if kind is Literal else self.choices
 
     def describe(self, hint: Any) -> str:
+        """What a value of type `hint` must be."""
         kind, arguments = _kind(hint)
-        if kind is Literal:
-            text = "one of " + ", ".join(map(str, arguments))
-        elif kind is tuple and arguments[-1] is Ellipsis:
+        if kind is tuple and arguments[-1] is Ellipsis:
             text = f"a list of {self.describe(arguments[0])}"
         elif kind is tuple:
             text = f"{len(arguments)} values: " + ", ".join(map(self.describe, arguments))
+        elif choices := self.allowed(kind, arguments):
+            text = "one of " + ", ".join(map(str, choices))
         elif kind in (int, float):
             text = _describe_number("integer" if kind is int else "number", self.bounds)
-        elif self.choices:
-            text = "one of " + ", ".join(self.choices)
         else:
             text = {bool: "true or false", str: "text", Path: "a path"}[kind]
         return f"{text} or none" if _optional(hint) else text
@@ -313,7 +309,7 @@ def _read_yaml(path: str | os.PathLike, options: dict[str, _Option]) -> dict[str
             raise ValueError(f"unknown key {key} in {path}{_nearest(str(key), known)}")
         if known[key].name in values:
             raise ValueError(f"{key} in {path} is given twice, under two names")
-        values[known[key].name] = known[key].convert(f"{key} in {path}", value)
+        values[known[key].name] = known[key].convert(value, f"{key} in {path}")
     return values
 
 

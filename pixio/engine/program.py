@@ -26,7 +26,7 @@ def program(name: str, extra: str, failures: tuple[type[Exception], ...] = ()) -
 
 def explain(error: Exception, extra: str) -> str:
     """The message of `error`; of a library that is not installed, with the extra that brings it."""
-    if isinstance(error, ModuleNotFoundError) and error.name and str(error).startswith("No module named"):
+    if isinstance(error, ModuleNotFoundError) and error.name:
         library = error.name.partition(".")[0]
         return f"{library} is not installed: pip install 'pixio[{extra}]' brings it"
     return str(error)

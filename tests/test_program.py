@@ -1,0 +1,63 @@
+"""Output that cannot be written ends no program; a mistake ends it with one line."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from pixio.engine.program import program
+
+BODY = """
+import sys
+from pathlib import Path
+from pixio.engine.program import program
+
+with program("prog", "train"):
+    for i in range(20000):
+        print(f"line {i}", flush=i % 100 == 0)
+        print(f"note {i}", file=sys.stderr)
+    Path("done").touch()
+"""
+
+
+@pytest.mark.parametrize("redirect", ["| head -n 1", "2>&1 | head -n 1", "2>&1 >/dev/null | :", "| :"])
+def test_a_reader_that_goes_away_stops_nobody(redirect, tmp_path):
+    command = f"set -o pipefail; {sys.executable} - {redirect}"
+    done = subprocess.run(["bash", "-c", command], input=BODY, cwd=tmp_path, capture_output=True, text=True)
+    assert (tmp_path / "done").exists()
+    assert done.returncode == 0
+    assert "Error" not in done.stderr
+
+
+def test_a_full_disk_behind_stdout_stops_nobody(tmp_path):
+    command = f"{sys.executable} - >/dev/full"
+    subprocess.run(["bash", "-c", command], input=BODY, cwd=tmp_path, capture_output=True, text=True)
+    assert (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_what_a_terminal_cannot_show_is_escaped(encoding, tmp_path):
+    code = (
+        "from pixio.engine.program import program\nwith program('prog', 'cli'): print('\\u2026', '\\udcff')"
+    )
+    env = {"PYTHONIOENCODING": encoding, "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=True)
+    shown = "…" if encoding == "utf-8" else "\\u2026"
+    assert done.stdout.decode() == f"{shown} \\udcff\n"
+
+
+def test_a_mistake_is_one_line_and_other_errors_pass():
+    with pytest.raises(SystemExit, match=r"^prog: error: no such thing$"), program("prog", "eval"):
+        raise ValueError("no such thing")
+    with pytest.raises(RuntimeError), program("prog", "eval"):
+        raise RuntimeError
+    with pytest.raises(SystemExit, match="failed"), program("prog", "eval", (RuntimeError,)):
+        raise RuntimeError("failed")
+
+
+def test_a_missing_library_is_named_with_the_extra_that_brings_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    message = r"submitit is not installed: pip install 'pixio\[train\]' brings it"
+    with pytest.raises(SystemExit, match=message), program("prog", "train"):
+        importlib.import_module("submitit")
