@@ -13,9 +13,7 @@ from typing import Literal
 
 import torch
 
-from pixio.dense.frozen import FrozenEncoder
-from pixio.dense.heads import head_blocks, make_head
-from pixio.dense.sliding import slide
+from pixio.dense import FrozenEncoder, head_blocks, make_head, slide
 from pixio.engine.config import option, parse
 from pixio.engine.runtime import start_runtime
 from pixio.models.external import depth_of, load_encoder

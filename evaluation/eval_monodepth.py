@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from dense import DenseConfig, Task
-from dense import main as run_main
-from monodepth.data import open_split
+from dense.config import DenseConfig
+from dense.panels import draw_depth
+from dense.probe import Task
+from dense.run import run
+from launch import run_program
+from monodepth.data import depth_source
 from monodepth.metrics import HIGHER_IS_BETTER, METRICS, DepthScores, silog_loss
-from panels import draw_depth
 from torch import Tensor
 
 from pixio.engine.config import option, parse
@@ -32,10 +34,10 @@ class DepthConfig(DenseConfig):
     """Train a depth head on a frozen encoder, and measure it."""
 
     dataset: Literal["nyuv2", "kitti", "folder"] = option(help="which data set lies in --data_root")
-    min_depth: float = option(0.001, "nearest depth that counts, metres")
-    max_depth: float = option(10.0, "farthest depth that counts, and can be predicted; metres")
+    min_depth: float = option(0.001, "nearest depth that counts, meters")
+    max_depth: float = option(10.0, "farthest depth that counts, and can be predicted; meters")
     depth_scale: float | None = option(
-        None, "values of depth PNGs per metre; 1000 for folders (.npy files hold metres)"
+        None, "values of depth PNGs per meter; 1000 for folders (.npy files hold meters)"
     )
 
     def __post_init__(self) -> None:
@@ -52,18 +54,18 @@ def depth_task(config: DepthConfig) -> Task:
     """Depth as a task: one output, whose sigmoid is a share of the farthest depth."""
     limits = {"min_depth": config.min_depth, "max_depth": config.max_depth}
 
-    def metres(logits: Tensor) -> Tensor:
+    def meters(logits: Tensor) -> Tensor:
         return logits.sigmoid() * config.max_depth
 
     return Task(
         name="monodepth",
+        data=depth_source(config.dataset, config.depth_scale),
         outputs=1,
         identity={"max_depth": config.max_depth},
         warmup=0.1,
         metrics={metric: metric in HIGHER_IS_BETTER for metric in METRICS},
-        open_split=partial(open_split, config.dataset, config.data_root, units_per_metre=config.depth_scale),
-        loss=lambda logits, target: silog_loss(metres(logits).squeeze(1), target, **limits),
-        average=metres,
+        loss=lambda logits, target: silog_loss(meters(logits).squeeze(1), target, **limits),
+        average=meters,
         decide=lambda averages: averages[0],
         make_scores=partial(DepthScores, **limits),
         draw=partial(draw_depth, **limits),
@@ -73,7 +75,7 @@ def depth_task(config: DepthConfig) -> Task:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse and run; returns what `results.json` holds. A mistake ends the program with one line."""
     config = parse(DepthConfig, argv, prog=PROGRAM)
-    return run_main(PROGRAM, config, depth_task(config))
+    return run_program(PROGRAM, config, partial(run, config, depth_task(config)))
 
 
 if __name__ == "__main__":

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from dense import DenseConfig, Task
-from dense import main as run_main
-from panels import draw_classes
-from semseg.data import CLASS_NAMES, open_split
+from dense.config import DenseConfig
+from dense.panels import draw_classes
+from dense.probe import Task
+from dense.run import run
+from launch import run_program
+from semseg.data import CLASS_NAMES, mask_source
 from semseg.metrics import IGNORE, SegmentationScores, segmentation_loss
 
 from pixio.engine.config import option, parse
@@ -49,26 +51,20 @@ class SegmentationConfig(DenseConfig):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the classes; numbers where nobody named them."""
+        """Names of the classes; numbered where there are none."""
         numbered = tuple(f"class {c}" for c in range(self.nclass))
-        return self.class_names or CLASS_NAMES.get(self.dataset, numbered)
+        return self.class_names or tuple(CLASS_NAMES.get(self.dataset, numbered))
 
 
 def segmentation_task(config: SegmentationConfig) -> Task:
     """Segmentation as a task: one output per class."""
     return Task(
         name="semseg",
+        data=mask_source(config.dataset, config.nclass, config.reduce_zero_label),
         outputs=config.nclass,
         identity={},
         warmup=0.0,
         metrics={"miou": True},
-        open_split=partial(
-            open_split,
-            config.dataset,
-            config.data_root,
-            nclass=config.nclass,
-            reduce_zero_label=config.reduce_zero_label,
-        ),
         loss=segmentation_loss,
         average=lambda logits: logits.softmax(1),
         decide=lambda averages: averages.argmax(0),
@@ -81,7 +77,7 @@ def segmentation_task(config: SegmentationConfig) -> Task:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse and run; returns what `results.json` holds. A mistake ends the program with one line."""
     config = parse(SegmentationConfig, argv, prog=PROGRAM)
-    return run_main(PROGRAM, config, segmentation_task(config))
+    return run_program(PROGRAM, config, partial(run, config, segmentation_task(config)))
 
 
 if __name__ == "__main__":

@@ -10,25 +10,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dense.data import (
+    DataSource,
+    PairDataset,
+    StepSampler,
+    crop_and_flip,
+    open_split,
+    read_photo,
+    train_batches,
+    whole_examples,
+)
+from dense.listing import Pair, read_split_file
+from eval_semseg import SegmentationConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monodepth import data as depth_data
-from monodepth.data import list_kitti, list_nyuv2, read_depth
-from pairs import (
-    Order,
-    Pair,
-    Pairs,
-    crop_and_flip,
-    list_pairs,
-    read_image,
-    read_split_file,
-    train_batches,
-    whole_items,
-)
+from monodepth.data import list_kitti, list_nyuv2
 from PIL import Image
 from semseg import data as mask_data
-from semseg.data import drop_zero, list_ade20k, list_loveda, list_pascal, read_mask, scale_crop_flip
+from semseg.data import list_ade20k, list_loveda, list_pascal, scale_crop_flip
 from semseg.util import process_loveda
+
+from pixio.images.targets import drop_zero, read_depth, read_mask
 
 
 def digest(pairs: list[Pair]) -> str:
@@ -192,46 +195,52 @@ def test_a_folder_of_ones_own_is_paired_by_name_in_subfolders_too(tmp_path):
     assert listing.missing == ["train/depth/c.png"]
 
 
-def test_another_count_than_published_names_missing_files(tmp_path):
+def open_ade20k(root: Path, published: int, **settings) -> PairDataset:
+    config = SegmentationConfig(dataset="ade20k", nclass=150, data_root=str(root), **settings)
+    source = DataSource(list_ade20k, {"val": published}, read_zero, crop_and_flip)
+    return open_split(source, config, "val", None, warns=True)
+
+
+def test_another_count_than_published_names_missing_files(tmp_path, capsys):
     for n in (1, 3):
         touch(
             tmp_path,
             [f"images/validation/ADE_val_{n:08d}.jpg", f"annotations/validation/ADE_val_{n:08d}.png"],
         )
     touch(tmp_path, ["images/validation/ADE_val_00000002.jpg"])
-    pairs, complaint = list_pairs(str(tmp_path), "val", None, list_ade20k, 2_000)
-    assert len(pairs) == 2
-    assert "holds 2 val pairs, the published split 2000" in complaint
-    assert "missing annotations/validation/ADE_val_00000002.png" in complaint
+    assert len(open_ade20k(tmp_path, 2_000)) == 2
+    warning = capsys.readouterr().err
+    assert "holds 2 val pairs, the published split 2000" in warning
+    assert "missing annotations/validation/ADE_val_00000002.png" in warning
 
 
-def test_the_published_count_is_no_complaint(tmp_path):
+def test_the_published_count_is_no_warning(tmp_path, capsys):
     touch(tmp_path, ["images/validation/ADE_val_00000001.jpg", "annotations/validation/ADE_val_00000001.png"])
-    assert list_pairs(str(tmp_path), "val", None, list_ade20k, 1)[1] == ""
+    open_ade20k(tmp_path, 1)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_missing_folder_and_an_empty_one_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such folder; set --data_root"):
-        list_pairs(str(tmp_path / "nowhere"), "val", None, list_ade20k, 2_000)
-    with pytest.raises(
-        FileNotFoundError, match=r"holds no val pairs; missing images/validation/ADE_val_00000001"
-    ):
-        list_pairs(str(tmp_path), "val", None, list_ade20k, 2_000)
+        open_ade20k(tmp_path / "nowhere", 2_000)
+    missing = r"holds no val pairs; missing images/validation/ADE_val_00000001"
+    with pytest.raises(FileNotFoundError, match=missing):
+        open_ade20k(tmp_path, 2_000)
     (tmp_path / "split.txt").write_text("\n")
     with pytest.raises(FileNotFoundError, match=r"split\.txt names no val pairs"):
-        list_pairs(str(tmp_path), "val", str(tmp_path / "split.txt"), list_ade20k, 2_000)
+        open_ade20k(tmp_path, 2_000, val_split_file=str(tmp_path / "split.txt"))
 
 
 # --- split files --------------------------------------------------------------------------------------------
 
 
-def test_a_split_file_overrides_the_rule_and_its_count(tmp_path):
+def test_a_split_file_overrides_the_rule_and_its_count(tmp_path, capsys):
     touch(tmp_path, ["a.jpg", "a.png", "in side/b.jpg", "b.png"])
     file = tmp_path / "split.txt"
     file.write_text("a.jpg a.png\n\nin side/b.jpg\tb.png\n")
-    pairs, complaint = list_pairs(str(tmp_path), "val", str(file), list_ade20k, 2_000)
-    assert pairs == [("a.jpg", "a.png"), ("in side/b.jpg", "b.png")]
-    assert complaint == ""
+    data = open_ade20k(tmp_path, 2_000, val_split_file=str(file))
+    assert data.pairs == [("a.jpg", "a.png"), ("in side/b.jpg", "b.png")]
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -255,7 +264,7 @@ def test_depth_pngs_are_in_units_of_their_data_set(tmp_path):
     assert read_depth(file, 256)[1, 0] == 2
 
 
-def test_depth_arrays_are_in_metres_and_unknown_where_not_finite(tmp_path):
+def test_depth_arrays_are_in_meters_and_unknown_where_not_finite(tmp_path):
     np.save(tmp_path / "d.npy", np.array([[1.5, np.nan], [np.inf, 0]]))
     assert read_depth(tmp_path / "d.npy", 1000).tolist() == [[1.5, 0], [0, 0]]
 
@@ -265,7 +274,7 @@ def test_nyuv2_keeps_the_inside_of_its_frame_in_image_and_depth(tmp_path):
     image = np.stack([rows % 256, columns % 256, rows * 0], axis=2).astype(np.uint8)
     image_file = png(tmp_path / "rgb.png", image)
     depth_file = png(tmp_path / "depth.png", (rows * 64 + columns).astype(np.uint16))
-    found, depth = depth_data.read_pair(image_file, depth_file, "nyuv2", 1000)
+    found, depth = depth_data.read_depth_pair(image_file, depth_file, "nyuv2", 1000)
     assert depth.shape == (426, 560)
     assert depth[0, 0] == pytest.approx((45 * 64 + 41) / 1000)
     assert depth[-1, -1] == pytest.approx((470 * 64 + 600) / 1000)
@@ -274,7 +283,7 @@ def test_nyuv2_keeps_the_inside_of_its_frame_in_image_and_depth(tmp_path):
 
 def test_palette_masks_give_class_numbers(tmp_path):
     image = Image.frombytes("P", (2, 2), bytes([0, 3, 255, 1]))
-    image.putpalette([channel for colour in range(256) for channel in (255 - colour, colour, 0)])
+    image.putpalette([channel for color in range(256) for channel in (255 - color, color, 0)])
     image.save(tmp_path / "m.png")
     assert read_mask(tmp_path / "m.png").tolist() == [[0, 3], [255, 1]]
 
@@ -292,15 +301,15 @@ def claiming(rows: int) -> bytes:
     return file.getvalue() + bytes(64)
 
 
-GREY8, GREY16 = np.zeros((4, 5), np.uint8), np.zeros((4, 5), np.uint16)
+GRAY8, GRAY16 = np.zeros((4, 5), np.uint8), np.zeros((4, 5), np.uint16)
 
 
 @pytest.mark.parametrize(
     ("name", "target", "message"),
     [
-        ("d.png", GREY8, r"d\.png is not usable: its pixel format is L, expected 16-bit"),
+        ("d.png", GRAY8, r"d\.png is not usable: its pixel format is L, expected 16-bit"),
         ("d.png", b"no image", r"d\.png is not usable"),
-        ("d.png", GREY16[:3], r"d\.png has 3 x 5 pixels, but its image .*i\.png 4 x 5"),
+        ("d.png", GRAY16[:3], r"d\.png has 3 x 5 pixels, but its image .*i\.png 4 x 5"),
         ("d.npy", b"no array", r"d\.npy is not a readable \.npy file"),
         ("d.npy", b"PK\3\4 a damaged .npz", r"d\.npy is not a readable \.npy file"),
         ("d.npy", b"PK\5\6" + bytes(18), r"d\.npy is not a readable \.npy file"),
@@ -312,10 +321,10 @@ GREY8, GREY16 = np.zeros((4, 5), np.uint8), np.zeros((4, 5), np.uint16)
 def test_bad_depth_is_an_error_that_names_the_file(tmp_path, name, target, message):
     png(tmp_path / "i.png", np.zeros((4, 5, 3), np.uint8))
     write(tmp_path / name, target)
-    read = lambda image, depth: depth_data.read_pair(image, depth, "folder", 1000)  # noqa: E731
-    items = Pairs(tmp_path, [Pair("i.png", name)], "", read)
+    read = lambda image, depth: depth_data.read_depth_pair(image, depth, "folder", 1000)  # noqa: E731
+    items = PairDataset(tmp_path, [Pair("i.png", name)], read)
     with pytest.raises(ValueError, match=message):
-        list(whole_items(items, [0], num_workers=0, pin_memory=False))
+        list(whole_examples(items, [0], num_workers=0, pin_memory=False))
 
 
 def write(path: Path, content: np.ndarray | bytes) -> None:
@@ -339,17 +348,17 @@ def write(path: Path, content: np.ndarray | bytes) -> None:
 def test_a_bad_mask_is_an_error_that_names_the_file(tmp_path, mask, message):
     png(tmp_path / "i.png", np.zeros((4, 5, 3), np.uint8))
     write(tmp_path / "m.png", mask)
-    read = lambda image, mask: mask_data.read_pair(image, mask, 7, False, "do this")  # noqa: E731
-    items = Pairs(tmp_path, [Pair("i.png", "m.png")], "", read)
+    read = lambda image, mask: mask_data.read_mask_pair(image, mask, 7, False, "do this")  # noqa: E731
+    items = PairDataset(tmp_path, [Pair("i.png", "m.png")], read)
     with pytest.raises(ValueError, match=message):
-        list(whole_items(items, [0], num_workers=0, pin_memory=False))
+        list(whole_examples(items, [0], num_workers=0, pin_memory=False))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_an_unreadable_image_is_an_error_without_a_workers_traceback(tmp_path, num_workers):
     (tmp_path / "i.png").write_bytes(b"no image")
-    png(tmp_path / "m.png", GREY8)
-    items = Pairs(tmp_path, [Pair("i.png", "m.png")], "", read_zero)
+    png(tmp_path / "m.png", GRAY8)
+    items = PairDataset(tmp_path, [Pair("i.png", "m.png")], read_zero)
     with pytest.raises(ValueError, match=r"i\.png is not a readable image") as error:
         list(train_batches(items, iter([[(0, 0, 0, 1)]]), num_workers, pin_memory=False))
     assert "Traceback" not in str(error.value)
@@ -361,11 +370,11 @@ def test_pixels_stay_over_their_targets_whatever_the_camera_noted(tmp_path, orie
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    assert np.array_equal(read_image(tmp_path / "a.png"), pixels)
+    assert np.array_equal(read_photo(tmp_path / "a.png"), pixels)
 
 
 def read_zero(image: Path, target: Path):
-    return read_image(image), np.zeros((4, 5), np.uint8)
+    return read_photo(image), np.zeros((4, 5), np.uint8)
 
 
 # --- crops --------------------------------------------------------------------------------------------------
@@ -416,31 +425,31 @@ def test_segmentation_scales_the_longer_side_by_a_half_to_two_and_pads_unscored(
     seed=st.integers(0, 9),
 )
 def test_ranks_together_read_what_one_rank_would(items, groups, batch, seed):
-    order = Order(items, groups * batch, seed)
-    stop = 2 * order.steps_per_epoch
-    alone = list(order.keys(0, stop, 0, 1))
+    sampler = StepSampler(items, groups * batch, seed)
+    stop = 2 * sampler.steps_per_epoch
+    alone = list(sampler.keys(0, stop, 0, 1))
     for world_size in (n for n in (1, 2, 4) if groups % n == 0):
-        ranks = [list(order.keys(0, stop, rank, world_size)) for rank in range(world_size)]
+        ranks = [list(sampler.keys(0, stop, rank, world_size)) for rank in range(world_size)]
         assert [list(itertools.chain(*step)) for step in zip(*ranks, strict=True)] == alone
 
 
 @settings(max_examples=40, deadline=None)
 @given(items=st.integers(1, 30), per_step=st.integers(1, 8), epochs=st.integers(1, 3))
 def test_no_image_comes_twice_before_all_have_come_once(items, per_step, epochs):
-    order = Order(items, per_step, seed=0)
-    steps = list(order.keys(0, epochs * order.steps_per_epoch, 0, 1))
+    sampler = StepSampler(items, per_step, seed=0)
+    steps = list(sampler.keys(0, epochs * sampler.steps_per_epoch, 0, 1))
     for epoch in range(epochs):
-        begin = epoch * order.steps_per_epoch
-        visits = [key[0] for step in steps[begin : begin + order.steps_per_epoch] for key in step]
+        begin = epoch * sampler.steps_per_epoch
+        visits = [key[0] for step in steps[begin : begin + sampler.steps_per_epoch] for key in step]
         counts = Counter(dict.fromkeys(range(items), 0)) + Counter(visits)
-        assert len(visits) == order.steps_per_epoch * per_step
+        assert len(visits) == sampler.steps_per_epoch * per_step
         assert max(counts.values()) - min(counts.get(index, 0) for index in range(items)) <= 1
 
 
 def test_a_resumed_order_goes_on_and_no_two_visits_share_a_seed():
-    order = Order(7, 3, seed=4)
-    steps = list(order.keys(0, 8, 0, 1))
-    assert list(order.keys(5, 8, 0, 1)) == steps[5:]
+    sampler = StepSampler(7, 3, seed=4)
+    steps = list(sampler.keys(0, 8, 0, 1))
+    assert list(sampler.keys(5, 8, 0, 1)) == steps[5:]
     seeds = [key[1:] for step in steps for key in step]
     assert len(set(seeds)) == len(seeds)
     assert steps[0] != steps[2]  # epochs differ

@@ -11,13 +11,15 @@ import time
 from pathlib import Path
 
 import collect_results
-import dense
 import eval_monodepth
 import eval_semseg
 import numpy as np
 import pytest
 import torch
 import yaml
+from dense import probe, testing, training
+from dense.data import StepSampler, open_split
+from dense.probe import build_probe
 from eval_monodepth import DepthConfig
 from eval_semseg import SegmentationConfig
 from PIL import Image
@@ -27,10 +29,12 @@ from pixio.engine.checkpoint import Checkpoints
 from pixio.engine.config import parse
 from pixio.engine.runtime import Runtime
 from pixio.engine.step import NonFiniteLoss
+from pixio.models.external import fingerprint
 from pixio.synthetic.scenes import render
 from pixio.synthetic.trees import write_tree
 
 EVALUATION = Path(eval_semseg.__file__).parent
+ALONE = Runtime(torch.device("cpu"))
 TINY = """
     --encoder pixio_vitpico16 --device cpu --dtype fp32 --num_workers 0 --crop_size 32 --save_minutes 0
     --epochs 2 --batch_size 1 --batches_per_step 2 --lr 1e-2 --panels 2
@@ -67,14 +71,14 @@ def depth(trees: Path, output: Path, *flags: str) -> list[str]:
     return [*data.split(), *TINY.split(), *flags]
 
 
-def figures(results: dict) -> list[dict]:
+def metrics_of(results: dict) -> list[dict]:
     """The evaluations of a run without their times."""
     return [{key: value for key, value in row.items() if key != "seconds"} for row in results["evaluations"]]
 
 
 def assert_alike(found: dict, expected: dict, rel: float, abs: float) -> None:
     """The same evaluations, to rounding."""
-    for row, other in zip(figures(found), figures(expected), strict=True):
+    for row, other in zip(metrics_of(found), metrics_of(expected), strict=True):
         iou, other_iou = row.pop("iou", []), other.pop("iou", [])
         assert row == pytest.approx(other, rel=rel, abs=abs)
         for value, other_value in zip(iou, other_iou, strict=True):  # None where a class does not occur
@@ -114,10 +118,10 @@ def test_the_head_learns_and_the_encoder_does_not(segmented, trees, tmp_path):
     assert lines[-1]["loss"] < lines[0]["loss"]
     torch.manual_seed(0)
     encoder = pixio.create_model("pixio_vitpico16")
-    assert segmented[0]["encoder_sha256"] == dense.fingerprint(encoder)
+    assert segmented[0]["encoder_sha256"] == fingerprint(encoder)
 
 
-def test_a_saved_head_gives_its_figures_again_whatever_the_window_batch(segmented, trees, tmp_path):
+def test_a_saved_head_gives_its_metrics_again_whatever_the_window_batch(segmented, trees, tmp_path):
     results, output = segmented
     head = ["--head", str(output / "head.pth"), "--eval_only"]
     again = eval_semseg.main(segmentation(trees, tmp_path, *head, "--window_batch", "1"))
@@ -153,25 +157,25 @@ def test_a_resumed_run_equals_an_uninterrupted_one(segmented, trees, tmp_path, m
             raise Killed
         return accumulate(*arguments)
 
-    accumulate = dense.accumulate
+    accumulate = training.accumulate
     with monkeypatch.context() as patch:
-        patch.setattr(dense, "accumulate", dying)
-        patch.setattr(dense.Interval, "due", lambda self, step: True)  # a checkpoint after every step
+        patch.setattr(training, "accumulate", dying)
+        patch.setattr(training.Interval, "due", lambda self, step: True)  # a checkpoint after every step
         with pytest.raises(Killed):
             eval_semseg.main(segmentation(trees, tmp_path))
     resumed = eval_semseg.main(segmentation(trees, tmp_path))
-    assert figures(resumed) == figures(segmented[0])
+    assert metrics_of(resumed) == metrics_of(segmented[0])
     heads = [torch.load(folder / "head.pth")["state"] for folder in (segmented[1], tmp_path)]
     assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
 
 
 def test_a_finished_run_is_not_trained_again(segmented, trees, monkeypatch):
-    monkeypatch.setattr(dense, "accumulate", None)
-    assert figures(eval_semseg.main(segmentation(trees, segmented[1]))) == figures(segmented[0])
+    monkeypatch.setattr(training, "accumulate", None)
+    assert metrics_of(eval_semseg.main(segmentation(trees, segmented[1]))) == metrics_of(segmented[0])
 
 
 def test_a_run_of_another_program_in_the_same_folder_is_refused(trees, tmp_path):
-    Checkpoints(tmp_path / "checkpoints", Runtime(torch.device("cpu"))).save(1, {"model": {}})
+    Checkpoints(tmp_path / "checkpoints", ALONE).save(1, {"model": {}})
     with pytest.raises(SystemExit, match="choose another --output_dir"):
         eval_semseg.main(segmentation(trees, tmp_path))
 
@@ -231,17 +235,17 @@ def test_two_ranks_train_and_score_segmentation_like_one(segmented, on_two_ranks
 def test_two_ranks_train_and_score_depth_like_one(trees, on_two_ranks, tmp_path):
     two = json.loads((on_two_ranks / "depth/results.json").read_text())
     one = eval_monodepth.main(depth(trees, tmp_path))
-    assert [row["images"] for row in figures(two)] == [3, 3]  # an odd number: nothing is counted twice
+    assert [row["images"] for row in metrics_of(two)] == [3, 3]  # an odd number: nothing is counted twice
     assert_alike(two, one, rel=1e-4, abs=1e-6)
 
 
 def test_batches_that_the_ranks_cannot_share_are_refused(trees, tmp_path):
     task = eval_monodepth.depth_task(parse(DepthConfig, depth(trees, tmp_path)))
     config = parse(DepthConfig, depth(trees, tmp_path, "--batches_per_step", "8"))
-    bench = dense.set_up(config, task, dense.Runtime(torch.device("cpu")))
-    three = dense.Runtime(torch.device("cpu"), world_size=3)
+    one = build_probe(config, task, ALONE)
+    three = dataclasses.replace(one, runtime=Runtime(torch.device("cpu"), world_size=3))
     with pytest.raises(ValueError, match="8 batches per step cannot be shared by 3 ranks"):
-        dense.train_head(dataclasses.replace(bench, runtime=three), task.open_split("train", None, 32))
+        training.train_head(three, open_split(task.data, config, "train", 32, warns=True))
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------
@@ -280,7 +284,7 @@ def test_evaluation_does_not_overwrite_a_training(segmented, trees):
 
 
 def test_a_prediction_that_is_not_finite_names_the_image(trees, tmp_path, monkeypatch):
-    monkeypatch.setattr(dense, "slide", lambda *_: torch.full((1, 48, 56), torch.nan))
+    monkeypatch.setattr(testing, "slide", lambda *_: torch.full((1, 48, 56), torch.nan))
     with pytest.raises(SystemExit, match=r"prediction for .*own/val/images/10\.png is not finite"):
         eval_monodepth.main(depth(trees, tmp_path))
     assert not (tmp_path / "results.json").exists()
@@ -290,7 +294,7 @@ def test_a_loss_that_is_not_finite_names_the_images(trees, tmp_path, monkeypatch
     def diverging(*_):
         raise NonFiniteLoss([float("nan")], 0.0)
 
-    monkeypatch.setattr(dense, "accumulate", diverging)
+    monkeypatch.setattr(training, "accumulate", diverging)
     with pytest.raises(SystemExit, match=r"the loss is not finite .* had read .*own/train/images/\d\.png"):
         eval_monodepth.main(depth(trees, tmp_path))
 
@@ -375,13 +379,13 @@ def test_there_are_ten_recipes_in_safe_yaml():
 
 
 def test_published_steps_per_epoch():
-    assert dense.Order(24_231, 4 * 8, 0).steps_per_epoch == 757
-    assert dense.Order(2_522, 1 * 8, 0).steps_per_epoch == 315
+    assert StepSampler(24_231, 4 * 8, 0).steps_per_epoch == 757
+    assert StepSampler(2_522, 1 * 8, 0).steps_per_epoch == 315
 
 
 def test_patch_14_encoders_see_crops_of_a_multiple_of_14(trees, tmp_path, monkeypatch):
     sizes = {"img_size": 28, "patch_size": 14, "embed_dim": 16, "depth": 4, "num_heads": 2}
-    monkeypatch.setattr(dense, "load_encoder", lambda *_: pixio.PixioViT(**sizes))
+    monkeypatch.setattr(probe, "load_encoder", lambda *_: pixio.PixioViT(**sizes))
     results = eval_monodepth.main(depth(trees, tmp_path, "--epochs", "1"))
     assert results["window"] == {"size": 28, "stride": 18}
 
@@ -506,7 +510,7 @@ def test_the_table_shows_runs_beside_published_numbers(segmented, capsys):
     assert rows[-6][rows[0].index("KITTI DPT")] == "2.210/96.7"
 
 
-def test_a_head_evaluated_again_hides_no_best_figure_and_counts_as_finished(segmented, tmp_path):
+def test_a_head_evaluated_again_hides_no_best_metric_and_counts_as_finished(segmented, tmp_path):
     results = json.loads(json.dumps(segmented[0]))
     results["best"]["miou"]["value"] = 98.7
     again = segmented[0] | {"config": segmented[0]["config"] | {"eval_only": True, "epochs": 60}}

@@ -12,7 +12,7 @@ from tiny_training import ALONE, equal, squares, step_images, tiny_model, weight
 from torch import nn
 
 from pixio.engine.optim import make_adamw, set_lr
-from pixio.engine.schedule import warmup_cosine
+from pixio.engine.schedule import poly, warmup_cosine
 from pixio.engine.step import NonFiniteLoss, accumulate
 
 
@@ -157,3 +157,25 @@ def test_warmup_cosine_rises_to_the_peak_without_a_jump_and_falls_to_the_end(war
 def test_a_warmup_longer_than_the_run_is_an_error():
     with pytest.raises(ValueError, match="warm-up of 9 steps does not fit a run of 8"):
         warmup_cosine(0, 1.0, 0.0, 9, 8)
+
+
+def test_poly_rises_linearly_then_falls_with_the_power_of_what_is_left():
+    rates = [poly(step, 2.0, 10, 110) for step in range(111)]
+    assert rates[:11] == pytest.approx([0.2 * step for step in range(11)])
+    assert rates[10:] == pytest.approx([2.0 * (1 - step / 100) ** 0.9 for step in range(101)])
+
+
+def test_poly_without_warmup_is_the_textbook_schedule():
+    schedule = torch.optim.lr_scheduler.PolynomialLR
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    scheduler = schedule(optimizer, total_iters=20, power=0.9)
+    for step in range(21):
+        assert poly(step, 0.3, 0, 20) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_poly_stays_at_zero_after_the_end_and_refuses_a_warmup_longer_than_the_run():
+    assert poly(25, 0.3, 0, 20) == 0
+    with pytest.raises(ValueError, match="warm-up of 21 steps"):
+        poly(0, 0.3, 21, 20)

@@ -1,32 +1,17 @@
-"""Depth data sets: NYUv2, KITTI (Eigen split), and one's own folders. Depth in metres, 0 = not measured."""
+"""Depth data sets: NYUv2, KITTI (Eigen split), and folders of your own. Depth in meters, 0 = not measured."""
 
 import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-from numpy.lib.format import open_memmap
-from pairs import (
-    Arrays,
-    Listing,
-    Pair,
-    Pairs,
-    crop_and_flip,
-    find,
-    list_existing,
-    list_folder,
-    list_pairs,
-    read_image,
-    read_png,
-)
+from dense.data import Arrays, DataSource, crop_and_flip, read_photo
+from dense.listing import Listing, Pair, list_below, list_existing, list_folder
 
-COUNTS = {
-    "nyuv2": {"train": 24_231, "val": 654},
-    "kitti": {"train": 23_158, "val": 652},
-    "folder": {"train": None, "val": None},
-}
-PNG_UNITS_PER_METRE = {"nyuv2": 1000.0, "kitti": 256.0}
+from pixio.images.targets import read_depth
+
+PUBLISHED = {"nyuv2": {"train": 24_231, "val": 654}, "kitti": {"train": 23_158, "val": 652}}
+UNITS_PER_METER = {"nyuv2": 1000.0, "kitti": 256.0, "folder": 1000.0}  # of PNGs
 
 _NYUV2_SIZE = (480, 640)
 _NYUV2_KEPT = (slice(45, 471), slice(41, 601))  # without the white frame: rows 45-470, columns 41-600
@@ -36,9 +21,9 @@ _EIGEN = Path(__file__).with_name("kitti_eigen.txt")
 def list_nyuv2(root: Path, split: str) -> Listing:
     """Every `rgb_*.jpg` with its `sync_depth_*.png`, in the folders of the split."""
     folder = "sync" if split == "train" else "official_splits/test"
-    images = find(root, f"{folder}/*/rgb_*.jpg")
+    photos = (re.fullmatch(rf"({folder}/[^/]+)/rgb_([^/]*)\.jpg", path) for path in list_below(root, folder))
     return list_existing(
-        root, [Pair(image, re.sub(r"rgb_([^/]*)\.jpg$", r"sync_depth_\1.png", image)) for image in images]
+        root, [Pair(photo[0], f"{photo[1]}/sync_depth_{photo[2]}.png") for photo in photos if photo]
     )
 
 
@@ -61,42 +46,16 @@ def _eigen_pairs(split: str) -> Iterator[Pair]:
                 )
 
 
-def _list_folder(root: Path, split: str) -> Listing:
-    return list_folder(root, split, "depth", (".png", ".npy"))
+RULES = {
+    "nyuv2": list_nyuv2,
+    "kitti": list_kitti,
+    "folder": partial(list_folder, targets="depth", suffixes=(".png", ".npy")),
+}
 
 
-RULES = {"nyuv2": list_nyuv2, "kitti": list_kitti, "folder": _list_folder}
-
-
-def read_depth(path: Path, units_per_metre: float) -> np.ndarray:
-    """Depth in metres, float32 [H, W], 0 where it is unknown.
-
-    Args:
-        path: a 16-bit grey PNG, or an .npy file with metres (unknown: 0, NaN or infinity).
-        units_per_metre: PNG values per metre.
-
-    Raises:
-        ValueError: unreadable, of another bit depth or shape; the message names the file.
-    """
-    if path.suffix.lower() != ".npy":
-        values = read_png(path, ("I;16", "I"), "16-bit grey, as depth in fractions of a metre needs")
-        return (values / units_per_metre).astype(np.float32)
-    try:
-        values = open_memmap(path, mode="r")  # not `load`, which also opens archives and believes any size
-    except OSError:
-        raise
-    except Exception as error:  # a header is a piece of Python, and fails in as many ways
-        raise ValueError(f"{path} is not a readable .npy file: {error}") from error
-    if values.ndim != 2 or values.dtype.kind != "f":
-        raise ValueError(
-            f"{path} holds {values.dtype} {list(values.shape)}, expected floats [H, W] in metres"
-        )
-    return np.where(np.isfinite(values), values, 0).astype(np.float32)
-
-
-def read_pair(image_path: Path, depth_path: Path, dataset: str, units_per_metre: float) -> Arrays:
+def read_depth_pair(image_path: Path, depth_path: Path, dataset: str, units_per_meter: float) -> Arrays:
     """Image uint8 [H, W, 3] and depth float32 [H, W], for NYUv2 without the frame around both."""
-    image, depth = read_image(image_path), read_depth(depth_path, units_per_metre)
+    image, depth = read_photo(image_path), read_depth(depth_path, units_per_meter)
     if dataset == "nyuv2":
         for path, array in ((image_path, image), (depth_path, depth)):
             if array.shape[:2] != _NYUV2_SIZE:
@@ -108,29 +67,13 @@ def read_pair(image_path: Path, depth_path: Path, dataset: str, units_per_metre:
     return image, depth
 
 
-def open_split(
-    dataset: str,
-    root: str,
-    split: str,
-    split_file: str | None,
-    crop_size: int | None,
-    units_per_metre: float | None,
-) -> Pairs:
-    """The items of a split.
+def depth_source(dataset: str, units_per_meter: float | None = None) -> DataSource:
+    """A depth data set; its training crops are mirrored half of the time.
 
     Args:
         dataset: a key of `RULES`.
-        root: folder of the data.
-        split: "train" or "val".
-        split_file: list of pairs instead of the rule.
-        crop_size: side of random crops, mirrored half of the time; None leaves items whole.
-        units_per_metre: PNG values per metre; None = what the data set uses, 1000 for folders.
-
-    Raises:
-        FileNotFoundError, ValueError: see `pairs.list_pairs`.
+        units_per_meter: PNG values per meter; None = what the data set uses, 1000 for folders.
     """
-    pairs, complaint = list_pairs(root, split, split_file, RULES[dataset], COUNTS[dataset][split])
-    units = units_per_metre or PNG_UNITS_PER_METRE.get(dataset, 1000.0)
-    read = partial(read_pair, dataset=dataset, units_per_metre=units)
-    augment = partial(crop_and_flip, size=crop_size, fill=0) if crop_size else None
-    return Pairs(Path(root), pairs, complaint, read, augment)
+    units = units_per_meter or UNITS_PER_METER[dataset]
+    read = partial(read_depth_pair, dataset=dataset, units_per_meter=units)
+    return DataSource(RULES[dataset], PUBLISHED.get(dataset, {}), read, partial(crop_and_flip, fill=0))

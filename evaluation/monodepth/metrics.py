@@ -1,4 +1,4 @@
-"""Depth: the training loss and the nine published metrics. Depth is in metres, 0 = not measured."""
+"""Depth: the training loss and the nine published metrics. Depth is in meters, 0 = not measured."""
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ def silog_loss(prediction: Tensor, target: Tensor, min_depth: float, max_depth: 
     """Scale-invariant logarithmic loss over all measured pixels together (Eigen et al., arXiv 1406.2283).
 
     Args:
-        prediction: metres, float32 [B, H, W].
-        target: metres, [B, H, W].
+        prediction: meters, float32 [B, H, W].
+        target: meters, [B, H, W].
         min_depth, max_depth: range of pixels that count; predictions are raised to `min_depth`.
 
     Returns:
@@ -39,11 +39,11 @@ def depth_metrics(prediction: np.ndarray, target: np.ndarray) -> dict[str, float
     """The nine metrics of one image.
 
     Args:
-        prediction, target: metres > 0 at the measured pixels, float64 [n].
+        prediction, target: meters > 0 at the measured pixels, float64 [n].
 
     Returns:
-        d1, d2, d3: per cent of pixels whose ratio to the truth is below 1.25, 1.25^2, 1.25^3; abs_rel and
-        sq_rel: mean |error| and mean error^2 (m), each over the true depth; rmse in metres; rmse_log with
+        d1, d2, d3: percent of pixels whose ratio to the truth is below 1.25, 1.25^2, 1.25^3; abs_rel and
+        sq_rel: mean |error| and mean error^2 (m), each over the true depth; rmse in meters; rmse_log with
         natural logarithms; log10: mean |error| of decimal ones; silog: as in the loss.
     """
     error = prediction - target
@@ -78,8 +78,8 @@ class DepthScores:
 
         Args:
             index: of the image in the data set.
-            prediction: metres, [H, W].
-            target: metres, [H, W], 0 = not measured.
+            prediction: meters, [H, W].
+            target: meters, [H, W], 0 = not measured.
         """
         valid = measured(target, self.min_depth, self.max_depth)
         prediction = prediction.clamp(self.min_depth, self.max_depth)

@@ -1,33 +1,22 @@
-"""Segmentation data sets: ADE20K, Pascal VOC (augmented), LoveDA, and folders of one's own."""
+"""Segmentation data sets: ADE20K, Pascal VOC (augmented), LoveDA, and folders of your own."""
 
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from pairs import (
-    Arrays,
-    Listing,
-    Pair,
-    Pairs,
-    crop_and_flip,
-    find,
-    list_existing,
-    list_folder,
-    list_pairs,
-    read_image,
-    read_png,
-)
+import yaml
+from dense.data import Arrays, DataSource, crop_and_flip, read_photo
+from dense.listing import Listing, Pair, list_below, list_existing, list_folder
 from PIL import Image
-from semseg import classes
-from semseg.metrics import IGNORE
 
-COUNTS = {
+from pixio.images.targets import IGNORE, drop_zero, read_mask
+
+PUBLISHED = {
     "ade20k": {"train": 20_210, "val": 2_000},
     "pascal": {"train": 10_582, "val": 1_449},
     "loveda": {"train": 2_522, "val": 1_669},
-    "folder": {"train": None, "val": None},
 }
-CLASS_NAMES = {"ade20k": classes.ADE20K, "pascal": classes.PASCAL, "loveda": classes.LOVEDA}
+CLASS_NAMES = yaml.safe_load(Path(__file__).with_name("class_names.yaml").read_text(encoding="utf-8"))
 
 # Numbers of the first and last tile of each half.
 _LOVEDA = {
@@ -36,7 +25,7 @@ _LOVEDA = {
 }
 _REMEDIES = {
     "ade20k": "the original annotations (0 = other, 1-150) need --reduce_zero_label",
-    "pascal": "expected are class numbers (palette or grey), not colours",
+    "pascal": "expected are class numbers (palette or gray), not colors",
     "loveda": "original masks (0 = no data, 1-7) need `python semseg/util/process_loveda.py DATA_ROOT` once",
     "folder": "set --nclass, or --reduce_zero_label if 0 is not a class",
 }
@@ -45,7 +34,7 @@ _REMEDIES = {
 def list_ade20k(root: Path, split: str) -> Listing:
     """`ADE_train_00000001` to `ADE_train_00020210`, or `ADE_val_00000001` to `ADE_val_00002000`."""
     folder = {"train": "training", "val": "validation"}[split]
-    names = (f"{folder}/ADE_{split}_{n:08d}" for n in range(1, COUNTS["ade20k"][split] + 1))
+    names = (f"{folder}/ADE_{split}_{n:08d}" for n in range(1, PUBLISHED["ade20k"][split] + 1))
     return list_existing(root, [Pair(f"images/{name}.jpg", f"annotations/{name}.png") for name in names])
 
 
@@ -57,8 +46,8 @@ def list_pascal(root: Path, split: str) -> Listing:
     names = file.read_text(encoding="utf-8").split()
     if split == "train":
         validation = set(names)
-        masks = (Path(path).stem for path in find(root, "SegmentationClass/*.png"))
-        names = [name for name in masks if name not in validation]
+        masks = (Path(path) for path in list_below(root, "SegmentationClass", (".png",)))
+        names = [mask.stem for mask in masks if mask.stem not in validation]
     return list_existing(
         root, [Pair(f"JPEGImages/{name}.jpg", f"SegmentationClass/{name}.png") for name in names]
     )
@@ -77,24 +66,17 @@ def list_loveda(root: Path, split: str) -> Listing:
     )
 
 
-def _list_folder(root: Path, split: str) -> Listing:
-    return list_folder(root, split, "masks", (".png",))
+RULES = {
+    "ade20k": list_ade20k,
+    "pascal": list_pascal,
+    "loveda": list_loveda,
+    "folder": partial(list_folder, targets="masks", suffixes=(".png",)),
+}
 
 
-RULES = {"ade20k": list_ade20k, "pascal": list_pascal, "loveda": list_loveda, "folder": _list_folder}
-
-
-def read_mask(path: Path) -> np.ndarray:
-    """Class numbers as stored, uint8 [H, W]."""
-    return read_png(path, ("L", "P"), "8-bit grey or palette, with the number of the class in each pixel")
-
-
-def drop_zero(mask: np.ndarray) -> np.ndarray:
-    """Masks that count classes from 1: 0 becomes ignored, 1 becomes 0, …; 255 stays ignored. uint8."""
-    return np.where((mask == 0) | (mask == IGNORE), IGNORE, mask - 1).astype(np.uint8)
-
-
-def read_pair(image_path: Path, mask_path: Path, nclass: int, reduce_zero_label: bool, remedy: str) -> Arrays:
+def read_mask_pair(
+    image_path: Path, mask_path: Path, nclass: int, reduce_zero_label: bool, remedy: str
+) -> Arrays:
     """Image uint8 [H, W, 3] and mask uint8 [H, W] of classes below `nclass`, 255 = ignored."""
     mask = read_mask(mask_path)
     if reduce_zero_label:
@@ -104,7 +86,7 @@ def read_pair(image_path: Path, mask_path: Path, nclass: int, reduce_zero_label:
         raise ValueError(
             f"{mask_path} holds class {wrong.max()}, expected 0-{nclass - 1} or {IGNORE} (ignored): {remedy}"
         )
-    return read_image(image_path), mask
+    return read_photo(image_path), mask
 
 
 def scale_crop_flip(
@@ -124,30 +106,15 @@ def scale_crop_flip(
     return crop_and_flip(rng, image, mask, size, fill=IGNORE)
 
 
-def open_split(
-    dataset: str,
-    root: str,
-    split: str,
-    split_file: str | None,
-    crop_size: int | None,
-    nclass: int,
-    reduce_zero_label: bool,
-) -> Pairs:
-    """The items of a split.
+def mask_source(dataset: str, nclass: int, reduce_zero_label: bool = False) -> DataSource:
+    """A segmentation data set; its training images are scaled, cropped and mirrored.
 
     Args:
         dataset: a key of `RULES`.
-        root: folder of the data.
-        split: "train" or "val".
-        split_file: list of pairs instead of the rule.
-        crop_size: side of random crops of the scaled images; None leaves items whole.
         nclass: number of classes.
         reduce_zero_label: the masks count classes from 1, 0 is ignored.
-
-    Raises:
-        FileNotFoundError, ValueError: see `pairs.list_pairs`.
     """
-    pairs, complaint = list_pairs(root, split, split_file, RULES[dataset], COUNTS[dataset][split])
-    read = partial(read_pair, nclass=nclass, reduce_zero_label=reduce_zero_label, remedy=_REMEDIES[dataset])
-    augment = partial(scale_crop_flip, size=crop_size) if crop_size else None
-    return Pairs(Path(root), pairs, complaint, read, augment)
+    read = partial(
+        read_mask_pair, nclass=nclass, reduce_zero_label=reduce_zero_label, remedy=_REMEDIES[dataset]
+    )
+    return DataSource(RULES[dataset], PUBLISHED.get(dataset, {}), read, scale_crop_flip)

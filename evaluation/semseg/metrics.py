@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = 255  # mask value of pixels that are not scored
+from pixio.images.targets import IGNORE
 
 
 def segmentation_loss(logits: Tensor, mask: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class SegmentationScores:
         """Intersection over union from the sums over the images of all ranks.
 
         Returns:
-            `miou` in per cent, the mean over the classes that occur in truth or prediction; `iou`, per class,
+            `miou` in percent, the mean over the classes that occur in truth or prediction; `iou`, per class,
             None for one that does not occur; `images`.
 
         Raises:

@@ -10,13 +10,20 @@ from torch import Tensor, nn
 
 
 class FrozenEncoder(nn.Module):
-    """Feature maps after some blocks of an encoder: final-norm'd patch tokens, and what all tokens share.
+    """Feature maps after chosen blocks of an encoder, all of them through its final norm.
+
+        frozen = FrozenEncoder(pixio.pixio_vith16(pretrained="file.pth"), block_ids=[7, 15, 23, 31])
+        maps = frozen(images)  # [B, 3, 256, 256] -> four maps [B, 2560, 16, 16]
 
     Args:
-        encoder: anything with the features contract of `PixioViT`, see `pixio.models.external`.
-        block_ids: blocks to take features from; later ones are not run.
-        cls_concat: "mean" puts the mean of the final-norm'd class tokens beside each patch token, F = 2 D;
-            "none" leaves the patch tokens alone, F = D.
+        encoder: anything with the features contract of `PixioViT`, see `pixio.models.external`. Its
+            parameters stop requiring gradients.
+        block_ids: blocks to take features from, from 0; later ones are not run.
+        cls_concat: "mean" concatenates the mean class token to each patch token, F = 2 D; "none" leaves the
+            patch tokens alone, F = D.
+
+    Attributes:
+        channels: F.
 
     Raises:
         ValueError: the mean of no class tokens is asked for.
@@ -33,12 +40,19 @@ class FrozenEncoder(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> "FrozenEncoder":
-        """Stays in evaluation mode, whatever it is part of."""
+        """Stay in evaluation mode, whatever this is part of."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Normalized images [B, 3, H, W] -> one map [B, F, h, w] per block."""
+        """Compute the maps.
+
+        Args:
+            images: normalized (`pixio.images.normalization`), float [B, 3, H, W]; H and W are multiples of p.
+
+        Returns:
+            One map [B, F, h, w] per block, in the order of `block_ids`.
+        """
         p = self.encoder.patch_size
         grid = images.shape[-2] // p, images.shape[-1] // p
         maps = []

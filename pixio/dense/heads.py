@@ -1,13 +1,16 @@
-"""What is trained on frozen features, for depth and segmentation alike: a linear and a DPT head.
+"""Heads for depth and segmentation on the feature maps of an encoder: linear and DPT.
+
+    head = DPTHead(channels=2 * 1280, outputs=150)
+    logits = head(feature_maps, size=(480, 640))  # four maps [B, 2560, h, w] -> [B, 150, 480, 640]
 
 Letters: B images, F channels of a feature map, h x w its locations, O outputs (classes, or 1 for depth),
 H x W pixels. DPT: Ranftl et al., arXiv 2103.13413 (https://github.com/isl-org/DPT), here without BatchNorm.
 """
 
+from typing import Protocol
+
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from pixio.engine.runtime import Runtime
 
 KINDS = ("linear", "dpt")
 PYRAMID = (256, 512, 1024, 1024)  # channels of the four maps of a DPT head, fine to coarse
@@ -27,24 +30,45 @@ def head_blocks(kind: str, depth: int) -> list[int]:
     return [depth * k // 4 - 1 for k in (1, 2, 3, 4)]
 
 
-def make_head(kind: str, channels: int, outputs: int, runtime: Runtime) -> nn.Module:
+class Ranks(Protocol):
+    """The processes that share a batch; a `pixio.engine.runtime.Runtime` is one."""
+
+    @property
+    def world_size(self) -> int: ...
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Collective: the mean of `tensor` over the ranks, detached."""
+
+
+def make_head(kind: str, channels: int, outputs: int, ranks: Ranks | None = None) -> nn.Module:
     """Build a head with fresh weights.
 
     Args:
         kind: one of `KINDS`.
         channels: F of each feature map.
         outputs: O.
-        runtime: the ranks that share BatchNorm statistics.
+        ranks: as in `LinearHead`; a DPT head has no BatchNorm.
+
+    Raises:
+        ValueError: unknown kind.
     """
-    return LinearHead(channels, outputs, runtime) if kind == "linear" else DPTHead(channels, outputs)
+    if kind not in KINDS:
+        raise ValueError(f"unknown head '{kind}': choose one of {', '.join(KINDS)}")
+    return LinearHead(channels, outputs, ranks) if kind == "linear" else DPTHead(channels, outputs)
 
 
 class LinearHead(nn.Module):
-    """BatchNorm and one linear map per location."""
+    """BatchNorm and one linear map per location.
 
-    def __init__(self, channels: int, outputs: int, runtime: Runtime):
+    Args:
+        channels: F of the feature map.
+        outputs: O.
+        ranks: processes whose batches share the BatchNorm statistics; None: each has its own.
+    """
+
+    def __init__(self, channels: int, outputs: int, ranks: Ranks | None = None):
         super().__init__()
-        self.norm = SyncedBatchNorm2d(channels, runtime)
+        self.norm = SyncedBatchNorm2d(channels, ranks)
         self.predict = nn.Conv2d(channels, outputs, 1)
 
     def forward(self, features: list[Tensor], size: tuple[int, int]) -> Tensor:
@@ -56,22 +80,34 @@ class LinearHead(nn.Module):
 class SyncedBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d with the statistics of all ranks' inputs, on any device (torch's needs a GPU).
 
-    Its input are frozen features: no gradient has to flow through the statistics. Ranks pass equal batches.
+    With ranks, its input must need no gradient (frozen features), which would have to flow through the
+    statistics, and the ranks' batches must have the same size. Without, it is torch's BatchNorm2d.
+
+    Args:
+        channels: F.
+        ranks: the processes that share statistics, or None.
     """
 
-    def __init__(self, channels: int, runtime: Runtime):
+    def __init__(self, channels: int, ranks: Ranks | None = None):
         super().__init__(channels)
-        self.runtime = runtime
+        self.ranks = ranks
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, F, h, w] -> the same shape, float32."""
+        """[B, F, h, w] -> the same shape, float32.
+
+        Raises:
+            ValueError: statistics are shared, and the input needs a gradient.
+        """
         x = x.float()
-        if not self.training:
+        if not self.training or self.ranks is None:
             return super().forward(x)
-        assert not x.requires_grad
-        mean = self.runtime.mean(x.mean((0, 2, 3)))  # [F]
-        variance = self.runtime.mean((x - mean[:, None, None]).square().mean((0, 2, 3)))  # [F]
-        count = x.numel() // x.shape[1] * self.runtime.world_size
+        if x.requires_grad:
+            raise ValueError(
+                "statistics shared among ranks pass no gradient on: freeze the encoder, or leave out ranks"
+            )
+        mean = self.ranks.mean(x.mean((0, 2, 3)))  # [F]
+        variance = self.ranks.mean((x - mean[:, None, None]).square().mean((0, 2, 3)))  # [F]
+        count = x.numel() // x.shape[1] * self.ranks.world_size
         self.running_mean.lerp_(mean, self.momentum)
         self.running_var.lerp_(variance * count / max(count - 1, 1), self.momentum)
         self.num_batches_tracked += 1
@@ -79,7 +115,12 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
 
 
 class DPTHead(nn.Module):
-    """Four feature maps, brought to strides 1/4, 1/2, 1 and 2 of a patch and fused from coarse to fine."""
+    """Four feature maps, resampled to strides of 1/4, 1/2, 1 and 2 patches and fused from coarse to fine.
+
+    Args:
+        channels: F of each feature map.
+        outputs: O.
+    """
 
     def __init__(self, channels: int, outputs: int):
         super().__init__()
@@ -114,7 +155,7 @@ class DPTHead(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Adds the map of its level to what comes from the coarser ones, and hands both on at a finer size."""
+    """Fusion block: adds the skip map of its level to the coarser path and upsamples the sum."""
 
     def __init__(self, width: int, has_skip: bool):
         super().__init__()
@@ -144,5 +185,5 @@ class ResidualConvUnit(nn.Module):
 
 
 def resize(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear, corners on corners, in float32: [B, O, h, w] -> [B, O, *size]."""
+    """Resize bilinearly (`align_corners=True`) in float32: [B, O, h, w] -> [B, O, *size]."""
     return F.interpolate(logits.float(), size, mode="bilinear", align_corners=True)

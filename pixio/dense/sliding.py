@@ -15,19 +15,19 @@ def slide(
 ) -> Tensor:
     """Predict every window and average where windows overlap.
 
-    Windows start at 0, stride, 2 x stride, … while inside the image; what reaches beyond it is zero. They are
-    added up one by one in the same order whatever `window_batch`, which only decides how many go through
+    Windows start at 0, stride, 2 x stride, … while inside the image; beyond its border they are zero-padded.
+    They are summed one by one in the same order whatever `window_batch`, which only sets how many go through
     `predict` together.
 
     Args:
         predict: windows [n, 3, S, S] -> [n, O, S, S], at the same pixels.
-        image: normalized, [3, H, W].
+        image: normalized, float [3, H, W].
         size: S in pixels.
         stride: pixels between the starts of neighbouring windows, 1 to `size`.
         window_batch: n, at most.
 
     Returns:
-        [O, H, W].
+        The mean over all windows that cover a pixel, [O, H, W].
 
     Raises:
         ValueError: windows that would leave gaps, or none in a batch.

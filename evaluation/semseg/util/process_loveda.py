@@ -2,12 +2,10 @@
 
     python semseg/util/process_loveda.py data/loveda
 
-The originals are kept in `masks_png_raw` beside `masks_png`. The converted masks are completed in another
-folder, which then takes the name: run it again after an interruption, or once more, and nothing is converted
-twice.
+The originals are kept in `masks_png_raw` beside `masks_png`. The converted masks are written to a temporary
+folder, which is then renamed: run it again after an interruption, or once more; nothing is converted twice.
 """
 
-import io
 import shutil
 import sys
 from pathlib import Path
@@ -15,12 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a file from anywhere
-
-from semseg.data import drop_zero, read_mask
-from semseg.metrics import IGNORE
-
 from pixio.files import write_atomic
+from pixio.images.listing import is_junk
+from pixio.images.targets import IGNORE, drop_zero, read_mask
 
 NCLASS = 7
 
@@ -34,11 +29,11 @@ def convert_folder(masks: Path) -> int:
     Raises:
         ValueError: an unreadable mask, or values that LoveDA's masks do not have; nothing has changed.
     """
-    originals, aside = masks.with_name("masks_png_raw"), masks.with_name(".masks_png.partial")
+    originals, partial = masks.with_name("masks_png_raw"), masks.with_name(".masks_png.partial")
     if masks.exists() and originals.exists():
         return 0
     source = masks if masks.exists() else originals  # killed between the two renames below
-    files = sorted(path for path in source.glob("*.png") if not path.name.startswith("."))
+    files = sorted(path for path in source.glob("*.png") if not is_junk(path.name))
     values = set().union(*(np.unique(read_mask(path)).tolist() for path in files))
     if source is masks and IGNORE in values and max(values - {IGNORE}, default=0) < NCLASS:
         return 0
@@ -48,16 +43,15 @@ def convert_folder(masks: Path) -> int:
             f"0-{NCLASS - 1} and {IGNORE} in converted ones, not a mixture: unpack them again"
         )
 
-    if aside.exists():
-        shutil.rmtree(aside)
-    aside.mkdir()
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir()
     for path in files:
-        data = io.BytesIO()
-        Image.fromarray(drop_zero(read_mask(path))).save(data, "PNG")
-        write_atomic(aside / path.name, lambda file, data=data: file.write(data.getvalue()))
+        mask = Image.fromarray(drop_zero(read_mask(path)))
+        write_atomic(partial / path.name, lambda file, mask=mask: mask.save(file, "PNG"))
     if source is masks:
         masks.rename(originals)
-    aside.rename(masks)
+    partial.rename(masks)
     return len(files)
 
 
@@ -66,10 +60,8 @@ def main(argv: list[str]) -> None:
     if len(argv) != 1 or argv[0].startswith("-"):
         raise SystemExit(f"usage: process_loveda.py DATA_ROOT\n\n{__doc__}")
     root = Path(argv[0])
-    halves = [half for half in sorted(root.glob("*/*/*")) if half.name in ("Rural", "Urban")]
-    halves = [
-        half for half in halves if any((half / name).is_dir() for name in ("masks_png", "masks_png_raw"))
-    ]
+    found = {masks.parent for name in ("masks_png", "masks_png_raw") for masks in root.glob(f"*/*/*/{name}")}
+    halves = sorted(half for half in found if half.name in ("Rural", "Urban"))
     if not halves:
         raise SystemExit(f"process_loveda.py: error: no Train/Train/Rural/masks_png or the like in {root}")
     for half in halves:

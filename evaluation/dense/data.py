@@ -1,0 +1,240 @@
+"""Images with dense targets: how they are read, cropped, and divided among the ranks.
+
+Letters: H x W pixels, S side of a crop, B crops of a rank and step.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from dense.config import DenseConfig
+from dense.listing import Listing, Pair, read_split_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pixio.images.decoding import DamagedDataError, decode
+
+Arrays = tuple[np.ndarray, np.ndarray]  # an image uint8 [H, W, 3] and its target [H, W]
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A data set: which files it has, how they are read, and how training crops are cut.
+
+    Attributes:
+        list_split: root, "train" or "val" -> the pairs.
+        published: "train" and "val" -> number of pairs; empty where nothing is published.
+        read: image path, target path -> arrays.
+        crop: random generator, image, target, S -> arrays [S, S, 3] and [S, S].
+    """
+
+    list_split: Callable[[Path, str], Listing]
+    published: dict[str, int]
+    read: Callable[[Path, Path], Arrays]
+    crop: Callable[[np.random.Generator, np.ndarray, np.ndarray, int], Arrays]
+
+
+class Example(NamedTuple):
+    """One image with its target; a batch of crops has a leading dimension B in both tensors."""
+
+    names: list[str]  # of the image files, for messages
+    image: Tensor  # uint8 [3, H, W]
+    target: Tensor  # [H, W], depth float32 in meters or class uint8
+
+
+@dataclass(frozen=True)
+class PairDataset(Dataset):
+    """The examples of a split. What cannot be read is returned as the exception: `unwrap` raises it outside
+    of the worker process, without its traceback.
+
+    Args:
+        root: folder the pairs are relative to.
+        pairs: the files.
+        read: see `DataSource`.
+        crop: random generator, image, target -> crops; None leaves examples whole.
+    """
+
+    root: Path
+    pairs: list[Pair]
+    read: Callable[[Path, Path], Arrays]
+    crop: Callable[[np.random.Generator, np.ndarray, np.ndarray], Arrays] | None = None
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, key: tuple[int, ...]) -> Example | Exception:
+        """Example `key[0]`; what follows in `key` seeds the crop."""
+        index, *entropy = key
+        image_path, target_path = (self.root / path for path in self.pairs[index])
+        try:
+            image, target = self.read(image_path, target_path)
+            if image.shape[:2] != target.shape:
+                raise ValueError(
+                    f"{target_path} has {target.shape[0]} x {target.shape[1]} pixels, but its image "
+                    f"{image_path} {image.shape[0]} x {image.shape[1]}: both must be the same"
+                )
+        except (ValueError, OSError) as error:
+            return error
+        if self.crop:
+            image, target = self.crop(np.random.default_rng(entropy), image, target)
+        image, target = np.ascontiguousarray(image), np.ascontiguousarray(target)
+        return Example([str(image_path)], torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(target))
+
+
+def open_split(
+    source: DataSource, config: DenseConfig, split: str, crop_size: int | None, warns: bool
+) -> PairDataset:
+    """The examples of a split. Without a split file their number should be the published one.
+
+    Args:
+        source: the data set.
+        config: its folder, split files, and whether another number is an error.
+        split: "train" or "val".
+        crop_size: S of random crops; None leaves examples whole.
+        warns: print a warning where another number is none.
+
+    Raises:
+        FileNotFoundError: no such folder or split file, or nothing in it.
+        ValueError: an unreadable split file, or another number of pairs with `--expect_count`.
+    """
+    root = Path(config.data_root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"no data in {root.absolute()}: there is no such folder; set --data_root")
+    file = config.train_split_file if split == "train" else config.val_split_file
+    pairs, missing = read_split_file(root, Path(file)) if file else source.list_split(root, split)
+    lacking = ""
+    if missing:
+        named = ", ".join(missing[:3])
+        lacking = f"; missing {named}" + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+    if not pairs and file:
+        raise FileNotFoundError(f"{file} names no {split} pairs")
+    if not pairs:
+        raise FileNotFoundError(f"{root} holds no {split} pairs{lacking}; see the README for its layout")
+    published = source.published.get(split, len(pairs))
+    if not file and len(pairs) != published:
+        warning = f"{root} holds {len(pairs)} {split} pairs, the published split {published}{lacking}"
+        if config.expect_count:
+            raise ValueError(warning)
+        if warns:
+            print(f"warning: {warning}", file=sys.stderr)
+    return PairDataset(root, pairs, source.read, partial(source.crop, size=crop_size) if crop_size else None)
+
+
+def read_photo(path: Path) -> np.ndarray:
+    """Decode an image, its pixels where they are stored (over their targets), whatever EXIF says.
+
+    Returns:
+        uint8 [H, W, 3].
+
+    Raises:
+        DamagedDataError: unreadable; the message names the file.
+    """
+    try:
+        return np.array(decode(path.read_bytes(), upright=False))
+    except DamagedDataError as error:
+        raise DamagedDataError(f"{path} is not a readable image: {error}") from error
+
+
+def crop_and_flip(
+    rng: np.random.Generator, image: np.ndarray, target: np.ndarray, size: int, fill: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """A random square of image and target, mirrored half of the time.
+
+    Smaller images are padded on the right and below: with 0 (black), the target with `fill` (not scored).
+
+    Args:
+        rng: source of randomness.
+        image: uint8 [H, W, 3].
+        target: [H, W].
+        size: S in pixels.
+        fill: value of padded target pixels.
+
+    Returns:
+        uint8 [S, S, 3] and [S, S].
+    """
+    height, width = target.shape
+    below, right = max(size - height, 0), max(size - width, 0)
+    if below or right:
+        image = np.pad(image, ((0, below), (0, right), (0, 0)))
+        target = np.pad(target, ((0, below), (0, right)), constant_values=fill)
+    top = rng.integers(target.shape[0] - size + 1)
+    left = rng.integers(target.shape[1] - size + 1)
+    image, target = (array[top : top + size, left : left + size] for array in (image, target))
+    if rng.random() < 0.5:
+        image, target = image[:, ::-1], target[:, ::-1]
+    return image, target
+
+
+@dataclass(frozen=True)
+class StepSampler:
+    """Which examples make up which step: a new permutation per epoch, the same steps on any number of ranks.
+
+    The last, incomplete step of an epoch is dropped; a data set smaller than one step is repeated.
+
+    Args:
+        examples: number of examples.
+        per_step: examples of a step, over all ranks.
+        seed: of permutations and crops.
+    """
+
+    examples: int
+    per_step: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return max(self.examples // self.per_step, 1)
+
+    def keys(self, start: int, stop: int, rank: int, world_size: int) -> Iterator[list[tuple[int, ...]]]:
+        """Per step from `start` on, a rank's keys into `PairDataset`: the example, then its crop's seed."""
+        share = self.per_step // world_size
+        order, ordered = None, -1
+        for step in range(start, stop):
+            epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+            if epoch != ordered:
+                order, ordered = self._permutation(epoch), epoch
+            first = step_of_epoch * self.per_step + rank * share
+            # counted from 1: a final 0 would seed as the permutation is seeded
+            yield [(int(order[i]), self.seed, epoch, i + 1) for i in range(first, first + share)]
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng((self.seed, epoch))
+        rounds = -(-self.per_step // self.examples)  # 1 unless the data set is smaller than a step
+        return np.concatenate([rng.permutation(self.examples) for _ in range(rounds)])
+
+
+def unwrap(example: Example | Exception) -> Example:
+    """The example, or the reason why there is none, raised."""
+    if isinstance(example, Exception):
+        raise example
+    return example
+
+
+def train_batches(
+    data: PairDataset, keys: Iterator[list[tuple[int, ...]]], num_workers: int, pin_memory: bool
+) -> Iterator[Example]:
+    """Batches of crops: names, uint8 [B, 3, S, S], targets [B, S, S]."""
+    options = {"num_workers": num_workers, "pin_memory": pin_memory, "collate_fn": _collate}
+    return map(unwrap, DataLoader(data, batch_sampler=keys, **options))
+
+
+def whole_examples(
+    data: PairDataset, indices: Iterable[int], num_workers: int, pin_memory: bool
+) -> Iterator[Example]:
+    """Examples one by one and uncropped."""
+    keys = [(index,) for index in indices]
+    options = {"num_workers": num_workers, "pin_memory": pin_memory}
+    return map(unwrap, DataLoader(data, batch_size=None, sampler=keys, **options))
+
+
+def _collate(examples: list[Example | Exception]) -> Example | Exception:
+    for example in examples:
+        if isinstance(example, Exception):
+            return example
+    names, images, targets = zip(*examples, strict=True)
+    return Example([name for (name,) in names], torch.stack(images), torch.stack(targets))

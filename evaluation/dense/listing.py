@@ -1,0 +1,98 @@
+"""Which image belongs to which target (depth or mask): published splits, a user's folders, split files."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from pixio.images.listing import IMAGE_SUFFIXES, list_files
+
+
+class Pair(NamedTuple):
+    """An image and its target, as paths relative to the root of the data."""
+
+    image: str
+    target: str
+
+
+class Listing(NamedTuple):
+    """The pairs of a split, and the files that its rule expects but the disk lacks."""
+
+    pairs: list[Pair]
+    missing: list[str]
+
+
+def list_existing(root: Path, expected: Iterable[Pair]) -> Listing:
+    """Those of the expected pairs of which both files exist; each folder is listed once."""
+    folders: dict[str, set[str]] = {}
+
+    def exists(path: str) -> bool:
+        folder, _, name = path.rpartition("/")
+        if folder not in folders:
+            place = root / folder
+            folders[folder] = {entry.name for entry in place.iterdir()} if place.is_dir() else set()
+        return name in folders[folder]
+
+    pairs, missing = [], []
+    for pair in expected:
+        absent = [path for path in pair if not exists(path)]
+        missing += absent
+        if not absent:
+            pairs.append(pair)
+    return Listing(pairs, missing)
+
+
+def list_below(root: Path, folder: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[str]:
+    """Files with one of the suffixes in a folder and below it, as sorted paths relative to `root`."""
+    place = root / folder
+    return [f"{folder}/{name}" for name in list_files(place, suffixes)] if place.is_dir() else []
+
+
+def list_folder(root: Path, split: str, targets: str, suffixes: tuple[str, ...]) -> Listing:
+    """A user's own tree: `SPLIT/images/NAME.jpg` with `SPLIT/TARGETS/NAME.png`, in subfolders too.
+
+    Args:
+        root: of the data.
+        split: "train" or "val".
+        targets: name of the folder with depth or masks.
+        suffixes: of target files; the first that exists is taken.
+    """
+
+    def stem(path: str, folder: str) -> str:
+        return path[: path.rindex(".")].removeprefix(f"{split}/{folder}/")
+
+    found = list_below(root, f"{split}/{targets}", suffixes)
+    found.sort(key=lambda path: suffixes.index(Path(path).suffix.lower()), reverse=True)  # the first one wins
+    by_stem = {stem(path, targets): path for path in found}
+    images = {path: stem(path, "images") for path in list_below(root, f"{split}/images")}
+    return Listing(
+        [Pair(path, by_stem[name]) for path, name in images.items() if name in by_stem],
+        [f"{split}/{targets}/{name}{suffixes[0]}" for name in images.values() if name not in by_stem],
+    )
+
+
+def read_split_file(root: Path, file: Path) -> Listing:
+    """A list of pairs that overrides a rule: `IMAGE TARGET` per line, relative to the root of the data.
+
+    Raises:
+        FileNotFoundError: no such list, or a file in it does not exist.
+        ValueError: a line that is not two paths.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no split file at {file}")
+    pairs = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        fields = line.split("\t") if "\t" in line else line.split()
+        if len(fields) != 2:
+            raise ValueError(
+                f"{file}, line {number}: expected an image and its target, separated by a blank (a tab where "
+                f"names hold blanks), found {line[:80]!r}"
+            )
+        pairs.append(Pair(*fields))
+    listing = list_existing(root, pairs)
+    if listing.missing:
+        raise FileNotFoundError(
+            f"{file} names {len(listing.missing)} files that {root} lacks, such as {listing.missing[0]}"
+        )
+    return listing

@@ -1,0 +1,37 @@
+"""One evaluation from its configuration to its results."""
+
+import time
+from typing import Any
+
+import torch
+from dense.config import DenseConfig
+from dense.data import open_split
+from dense.probe import Task, build_probe
+from dense.results import publish
+from dense.testing import draw_panels, evaluate
+from dense.training import train_head
+
+from pixio.engine.runtime import Runtime
+from pixio.files import write_atomic
+
+
+def run(config: DenseConfig, task: Task, runtime: Runtime) -> dict[str, Any]:
+    """Train a head on frozen features and evaluate it, or with `eval_only` evaluate a trained one.
+
+    Returns:
+        What `results.json` in the output folder holds; beside it lie `head.pth`, `panels.png`, `log.jsonl`.
+    """
+    probe = build_probe(config, task, runtime)
+    if config.eval_only:
+        began = time.monotonic()
+        rows = [{"epoch": probe.epoch, **evaluate(probe), "seconds": time.monotonic() - began}]
+        results = publish(probe, None, rows)
+    else:
+        train = open_split(task.data, config, "train", probe.size, runtime.is_main)
+        rows = train_head(probe, train)
+        if runtime.is_main:
+            trained = {"identity": probe.identity, "epoch": config.epochs, "state": probe.head.state_dict()}
+            write_atomic(probe.output / "head.pth", lambda file: torch.save(trained, file))
+        results = publish(probe, len(train), rows)
+    draw_panels(probe)
+    return results

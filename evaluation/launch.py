@@ -1,0 +1,48 @@
+"""What every evaluation program is told and how it starts: encoder file, output, device, ranks."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from pixio.engine.config import option
+from pixio.engine.runtime import Runtime, start_runtime
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Settings of all evaluations."""
+
+    config: str | None = option(None, "YAML file with any of these; the command line wins")
+    pretrained_ckp: str | None = option(
+        None, "weight file of the encoder; none = random, or the folder's own"
+    )
+    output_dir: str | None = option(None, "what the run writes; by default a folder named after it in runs/")
+    device: str = option("auto", "auto, cpu, mps or a GPU")
+    dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", "what autocast computes in")
+    port: int | None = option(None, "where ranks meet, if their launcher does not say")
+    local_rank: int | None = option(
+        None, "accepted as old launchers pass it; the ranks are read from their variables", ("local-rank",)
+    )
+
+
+def run_program(name: str, config: EvaluationConfig, body: Callable[[Runtime], Result]) -> Result:
+    """Start the ranks and run `body`; a mistake or a failure ends the program with one line.
+
+    Args:
+        name: of the program, in messages.
+        config: of the run.
+        body: the evaluation.
+    """
+    if config.port is not None:
+        os.environ.setdefault("MASTER_PORT", str(config.port))
+    try:
+        runtime = start_runtime(config.device, config.dtype, local_rank=config.local_rank)
+        try:
+            return body(runtime)
+        finally:
+            runtime.close()
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"{name}: error: {error}") from error
