@@ -48,12 +48,15 @@ def measure(config: BenchmarkConfig) -> None:
         with runtime.autocast():
             return head(frozen(windows), windows.shape[-2:])
 
+    def now() -> float:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
     def timed(window_batch: int) -> tuple[float, torch.Tensor]:
-        runtime.synchronize()
-        began = time.perf_counter()
+        began = now()
         prediction = slide(predict, image, config.size, int(config.size * 2 / 3), window_batch)
-        runtime.synchronize()
-        return time.perf_counter() - began, prediction
+        return now() - began, prediction
 
     timed(1), timed(config.window_batch)  # allocations and kernels of the first call
     single, batched, difference = [], [], 0.0

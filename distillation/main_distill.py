@@ -29,7 +29,7 @@ from pixio.engine.checkpoint import Checkpoints, Interval
 from pixio.engine.config import option, parse
 from pixio.engine.optim import set_lr
 from pixio.engine.runtime import Runtime
-from pixio.engine.signals import Stopped
+from pixio.engine.signals import Preempted
 from pixio.engine.step import NonFiniteLoss, apply_gradients, compute_gradients
 from pixio.engine.training import (
     TrainConfig,
@@ -92,7 +92,7 @@ class DistillConfig(TrainConfig):
 
 # ---------------------------------------------------------------------------------------------- the run
 def distill(config: DistillConfig, runtime: Runtime) -> None:
-    """Train until the last step; saves on the way, and before it raises `NonFiniteLoss` or `Stopped`."""
+    """Train until the last step; saves on the way, and before it raises `NonFiniteLoss` or `Preempted`."""
     output = Path(config.output_dir)
 
     # ---- the newest checkpoint
@@ -205,7 +205,7 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
         )
         if save_when_due(config, runtime, interval, done, save):
             log.close()
-            raise Stopped
+            raise Preempted
     log.close()
 
 

@@ -23,7 +23,7 @@ from pixio.engine.checkpoint import Checkpoints, Interval, restore
 from pixio.engine.config import option, parse
 from pixio.engine.optim import make_adamw, set_lr
 from pixio.engine.runtime import Runtime
-from pixio.engine.signals import Stopped
+from pixio.engine.signals import Preempted
 from pixio.engine.step import NonFiniteLoss, accumulate
 from pixio.engine.training import (
     TrainConfig,
@@ -61,7 +61,7 @@ class PretrainConfig(TrainConfig):
 
 # ---------------------------------------------------------------------------------------------- the run
 def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
-    """Train until the last step; saves on the way, and before it raises `NonFiniteLoss` or `Stopped`."""
+    """Train until the last step; saves on the way, and before it raises `NonFiniteLoss` or `Preempted`."""
     output = Path(config.output_dir)
     base_lr = config.peak_lr(runtime.world_size)
 
@@ -76,7 +76,7 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
         mask_grid=config.mask_grid,
         norm_pix_loss=config.norm_pix_loss,
     )
-    model = runtime.wrap(mae, recompute=config.grad_checkpointing)
+    model = runtime.wrap(mae, activation_checkpointing=config.grad_checkpointing)
     optimizer = make_adamw(mae, base_lr, weight_decay=config.weight_decay, parts=("encoder",))
     scaler = runtime.make_scaler()
     if config.compile:
@@ -151,7 +151,7 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
         )
         if save_when_due(config, runtime, interval, done, save):
             log.close()
-            raise Stopped
+            raise Preempted
     log.close()
 
 

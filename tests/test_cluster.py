@@ -17,7 +17,7 @@ from local_slurm import LocalSlurm, available
 from PIL import Image
 
 import pixio
-from pixio.engine.runtime import find_ranks
+from pixio.engine.ranks import find_ranks
 from pixio.synthetic.trees import write_tree
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,7 +130,7 @@ os.kill(os.getpid(), signal.SIGTERM)
 """
 
 
-def test_signals_are_noted_by_the_program_and_not_seen_by_its_workers():
+def test_signals_are_recorded_by_the_program_and_not_seen_by_its_workers():
     ended = subprocess.run([sys.executable, "-c", SIGNALLED], check=False)
     assert ended.returncode == -signal.SIGTERM  # outside of `defer_signals` they end the process as ever
 
@@ -148,7 +148,7 @@ def losses(folder: Path) -> list[tuple]:
 
 
 @pytest.mark.parametrize("started_in", ["pretraining", "."])
-def test_local_processes_meet_and_train_from_a_copy_of_the_code(started_in, tmp_path):
+def test_local_processes_train_from_a_copy_of_the_code(started_in, tmp_path):
     if started_in == "." and sys.version_info < (3, 11):
         pytest.skip("this Python cannot be told to leave its folder out of the path")
     flags = shlex.split(f"{TINY} --dataset_type scenes --epochs 1 --iters_per_epoch 2")
@@ -174,13 +174,13 @@ def test_ranks_of_local_submitit_processes():
     environ = {"SUBMITIT_LOCAL_NTASKS": "4", "SUBMITIT_LOCAL_GLOBALID": "3", "SUBMITIT_LOCAL_JOB_ID": "77"}
     ranks = find_ranks(environ)
     assert ranks[:4] == (3, 3, 4, 4)
-    assert ranks.meeting.startswith("tcp://127.0.0.1:")
+    assert ranks.address.startswith("tcp://127.0.0.1:")
 
 
-def test_every_attempt_of_a_job_meets_somewhere_else():
+def test_every_attempt_of_a_job_has_a_rendezvous_of_its_own():
     task = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}
     task |= {"SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "n[1-2]"}
-    assert find_ranks(task).meeting != find_ranks(task | {"SLURM_RESTART_COUNT": "1"}).meeting
+    assert find_ranks(task).address != find_ranks(task | {"SLURM_RESTART_COUNT": "1"}).address
 
 
 # ------------------------------------------------------------------------------------------------- real SLURM
@@ -460,7 +460,7 @@ def test_a_job_that_fails_without_progress_is_not_tried_again(jobs):
     assert "nothing" in said(folder / "hopeless", found["hopeless"])
 
 
-def test_a_warned_evaluation_is_queued_again_and_runs_to_the_end(jobs):
+def test_a_warned_evaluation_is_requeued_and_runs_to_the_end(jobs):
     folder, found = jobs
     text = (folder / "evaluated.out").read_text()
     assert found["evaluated"]["state"] == "COMPLETED", text

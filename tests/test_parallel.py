@@ -1,4 +1,4 @@
-"""Copies, shards, or one process: the same losses, and checkpoints that any of them goes on from."""
+"""Copies, shards, or one process: the same losses, and checkpoints that any of them resumes from."""
 
 import os
 import weakref
@@ -20,7 +20,9 @@ import pixio
 from pixio.cli.plan import describe, make_plan
 from pixio.engine.checkpoint import Checkpoints, fetch, read_checkpoint, restore
 from pixio.engine.optim import make_adamw
-from pixio.engine.runtime import Ranks, Runtime, make_mesh, shard, start_runtime
+from pixio.engine.parallel import make_mesh, shard
+from pixio.engine.ranks import Ranks
+from pixio.engine.runtime import Runtime, start_runtime
 from pixio.engine.step import accumulate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,11 +43,11 @@ def step_data(step: int, runtime: Runtime) -> tuple[Tensor, Tensor]:
     return images[share], noise[share]
 
 
-def pretrain(runtime: Runtime, folder: Path, steps: range, recompute: bool = False) -> list[float]:
-    """Losses of `steps`; the run begins, or goes on from the newest checkpoint, and saves one on its way."""
+def pretrain(runtime: Runtime, folder: Path, steps: range, checkpointing: bool = False) -> list[float]:
+    """Losses of `steps`; the run begins, or resumes from the newest checkpoint, and saves one on its way."""
     torch.manual_seed(runtime.rank)  # rank 0's first weights must reach all
     mae = pixio.create_model("pixio_vitpico16_enc128x6h4_dec128x2h4", img_size=64, mask_grid=2)
-    model = runtime.wrap(mae, recompute=recompute)
+    model = runtime.wrap(mae, activation_checkpointing=checkpointing)
     optimizer = make_adamw(mae, 1e-3)
     checkpoints = Checkpoints(folder, runtime)
     if steps.start:
@@ -99,11 +101,11 @@ def two_ranks(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     found = {}
     for parallel in ("ddp", "fsdp"):
-        meeting = f"file://{folder}/{parallel}2"
-        runtime = start_runtime("cpu", "fp32", 2, rank, meeting, parallel)
+        address = f"file://{folder}/{parallel}2"
+        runtime = start_runtime("cpu", "fp32", 2, rank, address, parallel)
         shards = parallel == "fsdp"
         found[f"{parallel}2"] = pretrain(
-            runtime, folder / f"from-{parallel}2", range(STEPS), recompute=shards
+            runtime, folder / f"from-{parallel}2", range(STEPS), checkpointing=shards
         )
         found[f"{parallel}2 distillation"] = distil(runtime)
         runtime.close()
@@ -111,13 +113,13 @@ def two_ranks(rank: int, folder: Path) -> None:
 
 
 def four_ranks(rank: int, folder: Path) -> None:
-    """Four ranks, as of two machines, go on from what two ranks with shards saved."""
+    """Four ranks, as of two nodes, resume from what two ranks with shards saved."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": "2"}
     found = {}
     for parallel in ("ddp", "hybrid"):
-        meeting = f"file://{folder}/{parallel}4"
-        runtime = start_runtime("cpu", "fp32", dist_url=meeting, parallel=parallel)
+        address = f"file://{folder}/{parallel}4"
+        runtime = start_runtime("cpu", "fp32", dist_url=address, parallel=parallel)
         found[f"{parallel}4"] = pretrain(runtime, folder / "from-fsdp2", range(SAVED, STEPS))
         if parallel == "hybrid":
             Checkpoints(folder / "from-hybrid4", runtime).save(1, {"model": shards_of_a_model(runtime)})
@@ -151,7 +153,7 @@ def runs(tmp_path_factory) -> dict:
 
 
 @pytest.mark.parametrize("name", ["ddp2", "fsdp2"])
-def test_two_ranks_with_copies_or_recomputed_shards_equal_one_process(runs, name):
+def test_two_ranks_with_copies_or_shards_equal_one_process(runs, name):
     assert len(runs[name]) == 2
     for losses in runs[name]:
         torch.testing.assert_close(losses, runs["one"][0], atol=1e-4, rtol=0)
@@ -164,7 +166,7 @@ def test_distillation_on_two_ranks_equals_one_process(runs, name):
 
 
 @pytest.mark.parametrize("name", ["one from fsdp2", "ddp4", "hybrid4"])
-def test_what_two_ranks_with_shards_saved_goes_on_with_any_others(runs, name):
+def test_what_two_ranks_with_shards_saved_resumes_on_any_others(runs, name):
     assert len(runs[name]) == (4 if "4" in name else 1)
     for losses in runs[name]:
         torch.testing.assert_close(losses, runs["one"][0][SAVED:], atol=1e-4, rtol=0)
@@ -191,7 +193,7 @@ def test_an_export_holds_whole_tensors(runs):
     assert torch.equal(exported["norm"], saved["model"]["encoder.norm.weight"])
 
 
-def test_shards_of_machines_with_copies_are_put_together_once(runs):
+def test_shards_of_nodes_with_copies_are_put_together_once(runs):
     """Also of tensors with fewer rows than ranks."""
     path = runs["folder"] / "from-hybrid4" / "step_00000001"
     saved, expected = fetch(read_checkpoint(path)["model"]), shards_of_a_model(Runtime(torch.device("cpu")))
@@ -204,13 +206,13 @@ def test_shards_of_machines_with_copies_are_put_together_once(runs):
 
 
 @pytest.mark.parametrize(("on_one", "found"), [(4, "6 in all and 4 on one"), (0, "an unknown number on one")])
-def test_machines_that_cannot_each_hold_a_copy_are_refused(on_one, found):
+def test_nodes_that_cannot_each_hold_a_copy_are_refused(on_one, found):
     with pytest.raises(ValueError, match=f"{found}: choose fsdp"):
         make_mesh("cpu", Ranks(0, 0, 6, on_one), "hybrid")
 
 
-def test_ranks_that_alternate_between_machines_are_refused():
-    with pytest.raises(ValueError, match="found rank 1 as number 0 of 2 on its machine"):
+def test_ranks_that_alternate_between_nodes_are_refused():
+    with pytest.raises(ValueError, match="found rank 1 as number 0 of 2 on its node"):
         make_mesh("cpu", Ranks(1, 0, 4, 2), "hybrid")
 
 
@@ -244,10 +246,10 @@ class Live(TorchDispatchMode):
         self.bytes -= size
 
 
-def measured(dtype: str, recompute: bool) -> tuple[Live, int, nn.Module]:
+def measured(dtype: str, checkpointing: bool) -> tuple[Live, int, nn.Module]:
     """Bytes alive after the forward pass and at the worst moment of a real step of 8 images."""
     model = pixio.create_model(SMALL)
-    Runtime(torch.device("cpu")).wrap(model, recompute=recompute)
+    Runtime(torch.device("cpu")).wrap(model, activation_checkpointing=checkpointing)
     images = torch.rand(8, 3, 256, 256)
     live = Live([images, *model.parameters()])
     with live:
@@ -262,13 +264,13 @@ def measured(dtype: str, recompute: bool) -> tuple[Live, int, nn.Module]:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_planned_activations_are_those_of_a_real_forward_pass(dtype):
     setting = make_plan(SMALL, gpus=1, batch=8, dtype=dtype).settings[0]
-    _, after, _ = measured(dtype, recompute=False)
+    _, after, _ = measured(dtype, checkpointing=False)
     assert setting.activations + setting.working == pytest.approx(after, rel=0.06)
 
 
 def test_planned_weights_gradients_and_moments_are_those_of_a_real_step():
     setting = make_plan(SMALL, gpus=1, batch=8).settings[0]
-    _, _, model = measured("fp32", recompute=False)
+    _, _, model = measured("fp32", checkpointing=False)
     optimizer = make_adamw(model, 1e-3)
     optimizer.step()
     moments = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
@@ -277,9 +279,9 @@ def test_planned_weights_gradients_and_moments_are_those_of_a_real_step():
     assert setting.optimizer == sum(value.nbytes for value in moments)
 
 
-def test_recomputing_saves_what_the_plan_says():
+def test_activation_checkpointing_saves_what_the_plan_says():
     plan = make_plan(SMALL, gpus=1, batch=8, dtype="fp32")
-    peaks = [measured("fp32", recompute)[0].peak for recompute in (False, True)]
+    peaks = [measured("fp32", checkpointing)[0].peak for checkpointing in (False, True)]
     saved = plan.settings[0].activations - plan.settings[1].activations
     assert peaks[0] - peaks[1] == pytest.approx(saved, rel=0.15)
 

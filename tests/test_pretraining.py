@@ -132,7 +132,7 @@ def test_a_signal_ends_the_run_after_its_step_and_the_same_command_goes_on(
     with pytest.raises(SystemExit) as stopped:
         run(*flags, "--output_dir", tmp_path / "stopped")
     monkeypatch.undo()
-    assert stopped.value.code == signals.STOPPED
+    assert stopped.value.code == signals.EXIT_PREEMPTED
     assert checkpoint_of(tmp_path / "stopped")["step"] == 3
     run(*flags, "--output_dir", tmp_path / "stopped")
     assert_equal_runs(tmp_path / "whole", tmp_path / "stopped")

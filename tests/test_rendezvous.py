@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pixio.engine import rendezvous as meeting_module
-from pixio.engine.rendezvous import Watch
+from pixio.engine import rendezvous as rendezvous_module
+from pixio.engine.rendezvous import Watchdog
 
 HANG = """
 import sys, time
@@ -24,8 +24,8 @@ from pixio.engine.step import accumulate
 
 rank, world_size, port, minutes, instant = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
 try:
-    place = f"tcp://127.0.0.1:{port}"
-    runtime = start_runtime("cpu", "fp32", world_size, rank, place, timeout_minutes=float(minutes))
+    address = f"tcp://127.0.0.1:{port}"
+    runtime = start_runtime("cpu", "fp32", world_size, rank, address, timeout_minutes=float(minutes))
 except OSError as error:
     sys.exit(str(error))
 
@@ -94,12 +94,12 @@ def test_ranks_that_only_end_at_different_times_are_not_mistaken_for_missing():
     assert [status for status, _ in run_ranks(2, 2, 0.1, "never")] == [0, 0]
 
 
-class Notes(dict):
-    """A store as far as `Watch` uses one."""
+class FakeStore(dict):
+    """A store as far as `Watchdog` uses one."""
 
     get = dict.__getitem__
 
-    def clone(self) -> "Notes":
+    def clone(self) -> "FakeStore":
         return self
 
     def set(self, key: str, value: str) -> None:
@@ -112,9 +112,9 @@ class Notes(dict):
 def test_a_run_that_was_suspended_as_a_whole_is_not_mistaken_for_a_hanging_one(monkeypatch):
     hours, ended = itertools.count(step=3600), []
     clock = SimpleNamespace(monotonic=lambda: next(hours), sleep=lambda _: None)
-    monkeypatch.setattr(meeting_module, "time", clock)
+    monkeypatch.setattr(rendezvous_module, "time", clock)
     monkeypatch.setattr(os, "_exit", ended.append)
-    watch = Watch(Notes({"host/1": b"n1", "passed/1": b"-1"}), 0, 2, timedelta(seconds=2))
+    watchdog = Watchdog(FakeStore({"host/1": b"n1", "heartbeats/1": b"-1"}), 0, 2, timedelta(seconds=2))
     time.sleep(0.9)  # it has looked four times
-    watch.close()
+    watchdog.close()
     assert not ended

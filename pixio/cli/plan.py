@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from torch.utils.hooks import RemovableHandle
 
-from pixio.engine.runtime import DTYPES, GIB, blocks_of
+from pixio.engine.parallel import blocks_of
+from pixio.engine.runtime import DTYPES, GIB
 from pixio.models.mae import PixioMAE
 from pixio.models.registry import create_model
 

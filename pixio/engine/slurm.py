@@ -1,10 +1,9 @@
-"""One launcher for every training program: `sbatch` through submitit, and what keeps a job alive.
+"""One launcher for every training program: `sbatch` through submitit, with requeueing.
 
 A job is a script and its arguments. SLURM warns it with SIGUSR2 before a time limit or a preemption: the
-program finishes its step, saves and leaves (`pixio.engine.signals`), and the job puts itself back into the
-queue. A job that fails is queued again too, if it has saved something since it started; one that comes no
-further than before is not. The next attempt resumes by itself: its arguments, and so its output folder, are
-the same.
+program finishes its step, saves and exits (`pixio.engine.signals`), and the job requeues itself. A job that
+fails is requeued too if it has saved a checkpoint since it started; one that makes no progress is not. The
+next attempt resumes by itself, because its arguments, and so its output folder, are the same.
 """
 
 import dataclasses
@@ -23,31 +22,31 @@ from typing import Any
 
 import submitit
 
-import pixio
 from pixio.engine.config import option
-from pixio.engine.signals import STOPPED, WARNING, defer_signals, received
+from pixio.engine.signals import EXIT_PREEMPTED, WARNING, defer_signals, received
 
+_PACKAGE = Path(__file__).resolve().parents[1]
 _NOT_CODE = ("__pycache__", ".*")
 _NOT_PROGRAMS = (*_NOT_CODE, "runs", "slurm", "data")  # of the folder of a program; `pixio.data` is code
 _LEFT_BY_SHELLS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
-# A warning that comes while Python starts would end the process: it waits until the program can heed it.
-_HOLD_BACK = "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2]); "
-_HOLD_BACK += "os.execv(sys.argv[1], sys.argv[1:])"
+# A warning that comes while Python starts would end the process: block it until the program handles it.
+_BLOCK_WARNING = "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2]); "
+_BLOCK_WARNING += "os.execv(sys.argv[1], sys.argv[1:])"
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Base of what a launcher reads, beside the options of the program that it starts.
+    """Options of the launcher, beside those of the program that it starts.
 
-    What is left at "none" is the cluster's default, which `SBATCH_PARTITION`, `SBATCH_ACCOUNT`, `SBATCH_QOS`
-    and `SBATCH_CONSTRAINT` in the environment set for every job.
+    "none" means the cluster's default, which `SBATCH_PARTITION`, `SBATCH_ACCOUNT`, `SBATCH_QOS` and
+    `SBATCH_CONSTRAINT` in the environment set for every job.
     """
 
-    job_dir: str = option("runs/%j", "logs, and the program's --output_dir; %j is the number of the job")
+    job_dir: str = option("runs/%j", "logs, and the program's --output_dir; %j is the job's id")
     job_name: str = option("pixio", "name in the queue")
     ngpus: int = option(8, "GPUs per node, each with its own process")
-    nodes: int = option(1, "machines")
-    timeout: int = option(4320, "time limit in minutes; a run that needs longer is queued again")
+    nodes: int = option(1, "number of nodes")
+    timeout: int = option(4320, "time limit in minutes; a run that needs longer is requeued")
     partition: str | None = option(None, "SLURM partition")
     account: str | None = option(None, "SLURM account")
     qos: str | None = option(None, "SLURM quality of service")
@@ -56,10 +55,10 @@ class LaunchConfig:
     exclude: str | None = option(None, "nodes to avoid")
     cpus_per_task: int = option(10, "CPU cores per process")
     mem_gb: float | None = option(None, "memory per node in GB")
-    warning: int = option(300, "seconds before the time limit at which the run is told to save and leave")
+    warning: int = option(300, "seconds before the time limit at which the run is told to save and exit")
     slurm: tuple[str, ...] = option((), "any further sbatch options: reservation=big exclusive")
     snapshot: bool = option(False, "run a copy of the code, so that later edits do not reach a queued job")
-    local: bool = option(False, "start the processes on this machine, without SLURM, and wait for them")
+    local: bool = option(False, "start the processes on this node, without SLURM, and wait for them")
     dry_run: bool = option(False, "print the sbatch script and submit nothing")
 
     def __post_init__(self) -> None:
@@ -75,41 +74,41 @@ class LaunchConfig:
                 f"{self.timeout} (minutes): choose 1 to {60 * self.timeout - 1}"
             )
         if self.local and self.nodes > 1:
-            raise ValueError(f"--local starts processes on one machine, not on {self.nodes}: add --nodes 1")
+            raise ValueError(f"--local starts processes on one node, not on {self.nodes}: add --nodes 1")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a process of the job runs: a program, as if from the command line."""
+    """What each process of the job runs: a program, as if from the command line."""
 
     script: str
     arguments: tuple[str, ...]
 
     def __call__(self) -> None:
-        requeue = signal.getsignal(WARNING)  # submitit's: it would leave at once, in the middle of a step
+        requeue = signal.getsignal(WARNING)  # submitit's: it would exit at once, in the middle of a step
         with defer_signals():
             for name in _LEFT_BY_SHELLS:
-                os.environ.pop(name, None)  # every attempt finds its own meeting place
+                os.environ.pop(name, None)  # every attempt has its own rendezvous
             number = submitit.JobEnvironment().job_id
             sys.argv = [self.script, *(word.replace("%j", number) for word in self.arguments)]
             sys.path.insert(0, str(Path(self.script).parent))
             try:
                 runpy.run_path(self.script, run_name="__main__")
             except SystemExit as end:
-                if end.code != STOPPED or not received(WARNING):
+                if end.code != EXIT_PREEMPTED or not received(WARNING):
                     raise
-                requeue(WARNING, None)  # rank 0 leaves here; the others end as if all were done
-        signal.signal(WARNING, signal.SIG_IGN)  # what is finished need not run again
+                requeue(WARNING, None)  # rank 0 exits here; the others end as if finished
+        signal.signal(WARNING, signal.SIG_IGN)  # a finished run need not be requeued
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """What submitit queues: the same again."""
+        """What submitit requeues: the same job."""
         return submitit.helpers.DelayedSubmission(self)
 
 
 class _SlurmExecutor(submitit.SlurmExecutor):
     @classmethod
     def affinity(cls) -> int:
-        return 1  # a script can be written where no SLURM is
+        return 1  # so that --dry_run works without SLURM
 
 
 def launch(config: LaunchConfig, script: Path) -> None:
@@ -121,7 +120,7 @@ def launch(config: LaunchConfig, script: Path) -> None:
     """
     if not config.local and not config.dry_run and not shutil.which("sbatch"):
         sys.exit(
-            "error: no SLURM here (sbatch not found): add --local --nodes 1 to run on this machine, "
+            "error: no SLURM here (sbatch not found): add --local --nodes 1 to run on this node, "
             "or --dry_run to see what would be submitted"
         )
     folder = Path(config.job_dir).absolute()
@@ -130,7 +129,7 @@ def launch(config: LaunchConfig, script: Path) -> None:
         root = submitit.core.utils.JobPaths.get_first_id_independent_folder(folder)
         script = _copy_code(root, script, pretend=config.dry_run)
         path = f"{shlex.quote(str(script.parents[1]))}${{PYTHONPATH:+:$PYTHONPATH}}"
-        # a safe path begins with the copy even where the job starts in the repository (Python 3.11 and later)
+        # PYTHONSAFEPATH (Python 3.11): the copy comes first even where the job starts in the repository
         setup.append(f"export PYTHONSAFEPATH=1 PYTHONPATH={path}")
     arguments = program_arguments(config)
     output = next((word.partition("=")[2] for word in arguments if word.startswith("--output_dir=")), None)
@@ -142,7 +141,7 @@ def launch(config: LaunchConfig, script: Path) -> None:
         _run_here(config, folder, setup, job)
         return
 
-    python = shlex.join([sys.executable, "-ISc", _HOLD_BACK, sys.executable])
+    python = shlex.join([sys.executable, "-ISc", _BLOCK_WARNING, sys.executable])
     executor = _SlurmExecutor(folder, max_num_timeout=sys.maxsize, python=python)
     executor.update_parameters(**_sbatch_options(config, setup, Path(output).absolute()))
     if config.dry_run:
@@ -150,7 +149,7 @@ def launch(config: LaunchConfig, script: Path) -> None:
         return
     for name in ("partition", "account", "qos", "constraint"):
         if getattr(config, name) is not None:
-            os.environ.pop(f"SBATCH_{name.upper()}", None)  # sbatch would prefer it to what was asked for
+            os.environ.pop(f"SBATCH_{name.upper()}", None)  # sbatch would prefer it to the option
     try:
         submitted = executor.submit(job)
     except submitit.core.utils.FailedJobError as error:
@@ -176,7 +175,7 @@ def program_arguments(config: LaunchConfig) -> tuple[str, ...]:
 
 
 def _sbatch_options(config: LaunchConfig, setup: Sequence[str], output: Path) -> dict[str, Any]:
-    """Parameters of submitit's executor, with the shell lines that queue a failed job again."""
+    """Parameters of submitit's executor, with the shell lines that requeue a failed job."""
     further = {"requeue": True}
     for pair in config.slurm:
         name, equals, value = pair.partition("=")
@@ -193,14 +192,14 @@ def _sbatch_options(config: LaunchConfig, setup: Sequence[str], output: Path) ->
         "mem": config.mem_gb and f"{round(1024 * config.mem_gb)}M",
         "signal_delay_s": config.warning,
         "additional_parameters": further,
-        # One lost process would leave the others waiting; newer srun does not take over the job's cores.
+        # A lost process would leave the others waiting; newer srun does not inherit the job's cores.
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={config.cpus_per_task}"],
         "setup": [*setup, f"saved={saved}"],
         "teardown": [
             "status=$?",
-            # 75: stopped from outside; 255: has queued itself again
-            f'if [[ ! $status =~ ^(0|{STOPPED}|255)$ && "{saved}" != "$saved" ]]; then',
-            '    echo "failed with status $status after it had saved: queued again" >&2',
+            # 75: preempted; 255: has requeued itself
+            f'if [[ ! $status =~ ^(0|{EXIT_PREEMPTED}|255)$ && "{saved}" != "$saved" ]]; then',
+            '    echo "failed with status $status after a new checkpoint: requeued" >&2',
             "    exec scontrol requeue $SLURM_JOB_ID",
             "fi",
             "exit $status",
@@ -237,6 +236,6 @@ def _copy_code(root: Path, script: Path, pretend: bool) -> Path:
         return root / "code" / "COPY" / script.parent.name / script.name
     (root / "code").mkdir(parents=True, exist_ok=True)
     copy = Path(tempfile.mkdtemp(prefix="", dir=root / "code"))
-    for source, left_out in ((Path(pixio.__file__).parent, _NOT_CODE), (script.parent, _NOT_PROGRAMS)):
+    for source, left_out in ((_PACKAGE, _NOT_CODE), (script.parent, _NOT_PROGRAMS)):
         shutil.copytree(source, copy / source.name, ignore=shutil.ignore_patterns(*left_out))
     return copy / script.parent.name / script.name

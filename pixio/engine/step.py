@@ -106,13 +106,13 @@ def compute_gradients(
         raise ValueError("a step needs at least one micro batch, found none")
     optimizer.zero_grad(set_to_none=True)
     losses = []
-    runtime.passed()
+    runtime.heartbeat()
     for index, micro_batch in enumerate(micro_batches):
         postpone = hasattr(model, "no_sync") and index + 1 < len(micro_batches)
         with model.no_sync() if postpone else contextlib.nullcontext():
             with runtime.autocast():
                 loss = loss_fn(model, micro_batch) / len(micro_batches)
-            runtime.passed()
+            runtime.heartbeat()
             scaler.scale(loss).backward()
         losses.append(loss.detach().float())
 
