@@ -12,7 +12,7 @@ The same command resumes a run that was stopped. `--output_dir` receives `log.js
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +35,7 @@ from pixio.engine.training import (
     TrainConfig,
     is_finished,
     run_program,
-    save_report,
+    save_run,
     save_when_due,
     start_log,
     state_to_resume,
@@ -156,19 +156,12 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
 
     # ---- loop
     def save(step: int, wait: bool = True) -> None:
-        checkpoints.save(
-            step,
-            {
-                "students": {learner.name: learner.state_dict() for learner in learners},
-                "teacher": teacher.fingerprint,
-                "data": runtime.gather(loader.state_dict()),
-                "images": images,
-                "config": asdict(config),
-            },
-            exports_of(config.student_models, output),
-            wait,
-        )
-        save_report(config, runtime, loader.report())
+        models = {
+            "students": {learner.name: learner.state_dict() for learner in learners},
+            "teacher": teacher.fingerprint,
+        }
+        exports = exports_of(config.student_models, output)
+        save_run(config, runtime, checkpoints, step, images, loader, models, exports, wait)
 
     log = start_log(config, runtime, start)
     interval = Interval(runtime, config.save_steps, config.save_minutes)

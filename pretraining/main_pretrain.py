@@ -11,7 +11,7 @@ released keys. Descends from MAE's main_pretrain.py (https://github.com/facebook
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from pixio.engine.training import (
     TrainConfig,
     is_finished,
     run_program,
-    save_report,
+    save_run,
     save_when_due,
     start_log,
     state_to_resume,
@@ -102,20 +102,13 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
 
     # ---- loop
     def save(step: int, wait: bool = True) -> None:
-        checkpoints.save(
-            step,
-            {
-                "model": mae.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "data": runtime.gather(loader.state_dict()),
-                "images": images,
-                "config": asdict(config),
-            },
-            exports={output / "encoder.pth": encoder_of},
-            wait=wait,
-        )
-        save_report(config, runtime, loader.report())
+        models = {
+            "model": mae.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+        }
+        exports = {output / "encoder.pth": encoder_of}
+        save_run(config, runtime, checkpoints, step, images, loader, models, exports, wait)
 
     def loss_fn(model: nn.Module, pixels: Tensor) -> Tensor:
         pixels = normalize(pixels.to(runtime.device, non_blocking=True))

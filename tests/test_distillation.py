@@ -22,7 +22,7 @@ from torch import Tensor
 
 import pixio
 from pixio.data import open_stream
-from pixio.engine.checkpoint import Checkpoints, fetch, read_checkpoint
+from pixio.engine.checkpoint import Checkpoints, materialize, read_checkpoint
 from pixio.engine.runtime import Runtime, start_runtime
 from pixio.engine.step import NonFiniteLoss, apply_gradients, compute_gradients
 from pixio.images.crops import resize_center_crop
@@ -69,7 +69,7 @@ def log_of(folder: Path) -> list[dict]:
 
 def checkpoint_of(folder: Path) -> dict:
     name = (folder / "checkpoints" / "latest").read_text().strip()
-    return fetch(read_checkpoint(folder / "checkpoints" / name))
+    return materialize(read_checkpoint(folder / "checkpoints" / name))
 
 
 def assert_equal_states(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:

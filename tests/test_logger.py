@@ -2,6 +2,8 @@
 
 import json
 import math
+import resource
+import signal
 import sys
 import time
 from pathlib import Path
@@ -118,25 +120,83 @@ def test_a_report_that_is_not_installed_says_what_to_install(tmp_path, monkeypat
         Log(tmp_path, total_steps=1, is_main=False, **{name: True})
 
 
-def test_weights_and_biases_receives_the_numbers_of_each_logged_line(tmp_path, monkeypatch):
-    received = []
+class Client:
+    """Weights & Biases as far as it is used; keeps what it receives."""
 
-    class Run:
-        def log(self, row, step):
-            received.append((step, row))
+    __spec__ = object()
 
-        def finish(self):
-            received.append("finished")
+    def __init__(self) -> None:
+        self.started, self.received = [], []
 
-    class Client:
-        __spec__ = object()
+    def init(self, **settings):
+        self.started.append(settings)
+        return self
 
-        @staticmethod
-        def init(**_):
-            return Run()
+    def log(self, row, step):
+        self.received.append((step, row))
 
-    monkeypatch.setitem(sys.modules, "wandb", Client)
+    def finish(self):
+        self.received.append("finished")
+
+
+@pytest.fixture
+def wandb(monkeypatch) -> Client:
+    client = Client()
+    monkeypatch.setitem(sys.modules, "wandb", client)
+    for name in ("WANDB_PROJECT", "WANDB_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    return client
+
+
+def test_weights_and_biases_receives_the_numbers_of_each_logged_line(tmp_path, wandb):
     log = Log(tmp_path, total_steps=5, is_main=True, wandb=True)
     log.step(1, images=8, loss=0.5, data={"damaged": 3}, note="text")
     log.close()
-    assert received == [(1, {"step": 1, "images": 8, "loss": 0.5, "data/damaged": 3}), "finished"]
+    expected = {"step": 1, "images": 8, "loss": 0.5, "data/damaged": 3}
+    assert wandb.received == [(1, expected), "finished"]
+
+
+def test_a_requeued_run_stays_one_run_of_weights_and_biases(tmp_path, wandb):
+    for folder, start_step in (("a", 0), ("a", 3), ("b", 0)):
+        Log(tmp_path / folder, 5, is_main=True, start_step=start_step, wandb=True).close()
+    first, resumed, other = wandb.started
+    assert first["id"] == resumed["id"] != other["id"]
+    assert {(run["project"], run["resume"]) for run in wandb.started} == {("pixio", "allow")}
+
+
+def test_the_environment_of_weights_and_biases_wins(tmp_path, wandb, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.setenv("WANDB_RUN_ID", "abc")
+    Log(tmp_path, 5, is_main=True, wandb=True).close()
+    assert (wandb.started[0]["project"], wandb.started[0]["id"]) == ("mine", "abc")
+
+
+def test_a_service_that_fails_is_reported_once_and_ends_nothing(tmp_path, wandb, monkeypatch, capsys):
+    log = Log(tmp_path, total_steps=5, is_main=True, every=1, wandb=True)
+    monkeypatch.setattr(wandb, "log", lambda *_, **__: 1 / 0)
+    for step in range(1, 6):
+        log.step(step, images=step)
+    log.close()
+    assert [row["step"] for row in lines(tmp_path)] == [1, 2, 3, 4, 5]
+    assert capsys.readouterr().err.count("Weights & Biases cannot be written, training continues") == 1
+
+
+def test_a_line_that_does_not_fit_on_the_disk_is_left_out_whole(tmp_path, capsys):
+    log = Log(tmp_path, total_steps=9, is_main=True, every=1)
+    log.step(1, images=1)
+    size = (tmp_path / "log.jsonl").stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limits[1]))
+    try:
+        for step in (2, 3):
+            log.step(step, images=step)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    log.step(4, images=4)
+    log.close()
+    assert [row["step"] for row in lines(tmp_path)] == [1, 4]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tmp_path / 'log.jsonl'} cannot be written, training continues")
+    assert "bytes needed" in line

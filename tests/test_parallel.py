@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import pixio
 from pixio.cli.plan import describe, make_plan
-from pixio.engine.checkpoint import Checkpoints, fetch, read_checkpoint, restore
+from pixio.engine.checkpoint import Checkpoints, materialize, read_checkpoint, restore
 from pixio.engine.optim import make_adamw
 from pixio.engine.parallel import make_mesh, shard
 from pixio.engine.ranks import Ranks
@@ -181,14 +181,14 @@ def test_every_rank_writes_its_part_of_what_is_in_shards(runs):
 
 def test_a_checkpoint_of_shards_rebuilds_the_model(runs):
     path = runs["folder"] / "from-fsdp2" / f"step_{SAVED:08d}"
-    whole = fetch(read_checkpoint(runs["folder"] / "from-one" / path.name)["model"])
+    whole = materialize(read_checkpoint(runs["folder"] / "from-one" / path.name)["model"])
     for name, tensor in pixio.load_mae(path, num_heads=4, decoder_num_heads=4).state_dict().items():
         torch.testing.assert_close(tensor, whole[name], atol=1e-4, rtol=1e-3, msg=name)
 
 
 def test_an_export_holds_whole_tensors(runs):
     exported = torch.load(runs["folder"] / "from-fsdp2.pth", weights_only=True)
-    saved = fetch(read_checkpoint(runs["folder"] / "from-fsdp2" / f"step_{SAVED:08d}"))
+    saved = materialize(read_checkpoint(runs["folder"] / "from-fsdp2" / f"step_{SAVED:08d}"))
     assert exported.keys() == {"norm"}
     assert torch.equal(exported["norm"], saved["model"]["encoder.norm.weight"])
 
@@ -196,7 +196,8 @@ def test_an_export_holds_whole_tensors(runs):
 def test_shards_of_nodes_with_copies_are_put_together_once(runs):
     """Also of tensors with fewer rows than ranks."""
     path = runs["folder"] / "from-hybrid4" / "step_00000001"
-    saved, expected = fetch(read_checkpoint(path)["model"]), shards_of_a_model(Runtime(torch.device("cpu")))
+    saved = materialize(read_checkpoint(path)["model"])
+    expected = shards_of_a_model(Runtime(torch.device("cpu")))
     assert saved.keys() == expected.keys()
     assert all(torch.equal(saved[name], expected[name]) for name in saved)
     written = sum(

@@ -18,7 +18,7 @@ from PIL import Image
 
 import pixio
 from pixio.engine import signals
-from pixio.engine.checkpoint import Checkpoints, fetch, read_checkpoint
+from pixio.engine.checkpoint import Checkpoints, materialize, read_checkpoint
 from pixio.engine.runtime import Runtime, start_runtime
 from pixio.engine.step import accumulate
 from pixio.synthetic.trees import write_tree
@@ -40,7 +40,7 @@ def log_of(folder: Path) -> list[dict]:
 
 def checkpoint_of(folder: Path) -> dict:
     name = (folder / "checkpoints" / "latest").read_text().strip()
-    return fetch(read_checkpoint(folder / "checkpoints" / name))
+    return materialize(read_checkpoint(folder / "checkpoints" / name))
 
 
 def assert_equal_runs(first: Path, second: Path) -> None:
@@ -174,7 +174,7 @@ def test_continuing_from_an_encoder_holds_it_still_while_asked(trees, tmp_path):
         tmp_path / "second",
     ]
     run(*flags, "--freeze_encoder_steps", 4, "--save_freq", 1)
-    frozen = fetch(read_checkpoint(tmp_path / "second" / "checkpoints" / "step_00000004")["model"])
+    frozen = materialize(read_checkpoint(tmp_path / "second" / "checkpoints" / "step_00000004")["model"])
     final = checkpoint_of(tmp_path / "second")["model"]
     for name, value in encoder.items():
         assert torch.equal(value, frozen[f"encoder.{name}"]), name

@@ -13,7 +13,7 @@ from tiny_training import ALONE, equal, full_disk, squares, step_images, tiny_mo
 from torch import nn
 
 from pixio.engine import checkpoint as checkpoint_module
-from pixio.engine.checkpoint import Checkpoints, Interval, fetch
+from pixio.engine.checkpoint import Checkpoints, Interval, materialize
 from pixio.engine.optim import make_adamw
 from pixio.engine.runtime import start_runtime
 from pixio.engine.step import NonFiniteLoss, accumulate
@@ -104,7 +104,7 @@ def meet_damage(rank: int, checkpoints: Checkpoints, folder: Path) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         summed, real = [], checkpoint_module.checksum
         patch.setattr(checkpoint_module, "checksum", lambda file: (summed.append(file.name), real(file))[1])
-        found["resumed"] = fetch(state_to_resume(config, empty, ()))
+        found["resumed"] = materialize(state_to_resume(config, empty, ()))
         found["summed"] = list(summed)
         if rank == 1:
             patch.setattr(

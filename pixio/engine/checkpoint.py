@@ -1,13 +1,12 @@
-"""Files that are whole or absent, and the checkpoints of a run made of them.
+"""The checkpoints of a run: written to a temporary folder, fsynced, renamed, and only then published.
 
 A checkpoint is a folder: the tensors in safetensors files, of which each rank writes those that it holds, and
-`state.pt`, the plain values beside them. It is written aside, brought to the disk, renamed, and only then
-pointed to: whenever the run is killed, the checkpoint named by `latest` is complete. Any number of ranks,
-with copies of the model or with shards, goes on from what any other wrote, each reading only what it needs.
+`state.pt`, the plain values beside them. Whenever the run is killed, the checkpoint named by `latest` is
+complete. Any number of ranks, with copies of the model or with shards, resumes from what any other wrote, and
+each reads only what it needs.
 """
 
 import contextlib
-import errno
 import glob
 import itertools
 import os
@@ -27,23 +26,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from pixio.engine.runtime import GIB, Runtime
-from pixio.engine.storage import Stored, check_parts, checksum, file_of, read_tensors, write_tensors
-from pixio.files import fsync, write_atomic
+from pixio.engine.runtime import Runtime
+from pixio.engine.tensor_files import TensorReference, checksum, file_in, read_tensors, write_tensors
+from pixio.files import fsync, remove_leftovers, require_free, write_atomic, write_text
 
 _CHECKPOINT = re.compile(r"step_(\d{8,})(?:-(\d+))?")
 _POINTER, _VALUES = "latest", "state.pt"
 
 
 def read_checkpoint(path: str | os.PathLike, verify: slice = slice(None)) -> dict[str, Any]:
-    """Read the plain values of a checkpoint; its tensors stay in their files, see `fetch` and `restore`.
+    """Read the plain values of a checkpoint; tensors stay in their files, see `materialize` and `restore`.
 
     Args:
         path: a folder that `Checkpoints` wrote.
-        verify: which of its files of tensors to compare, byte for byte, with their check sums.
+        verify: which of its tensor files to compare, byte for byte, with their checksums.
 
     Returns:
-        What was saved, with a `Stored` in the place of each tensor.
+        What was saved, with a `TensorReference` in the place of each tensor.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -51,63 +50,66 @@ def read_checkpoint(path: str | os.PathLike, verify: slice = slice(None)) -> dic
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        raise FileNotFoundError(f"no checkpoint at {path.absolute()}")
     try:
         if not (path / _VALUES).is_file():
             raise ValueError(f"it holds no {_VALUES}; a checkpoint is a folder checkpoints/step_… of a run")
-        with zipfile.ZipFile(path / _VALUES) as archive:
+        values = file_in(path, _VALUES)
+        with zipfile.ZipFile(values) as archive:
             damaged = archive.testzip()
         if damaged:
-            raise zipfile.BadZipFile(f"wrong check sum of {damaged} in {_VALUES}")
-        content = torch.load(path / _VALUES, map_location="cpu", weights_only=True)
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged} in {_VALUES}")
+        content = torch.load(values, map_location="cpu", weights_only=True)
         files, chunks = content["files"], content["chunks"]
         for name, size, crc in files[verify]:
-            file = file_of(path, name)
+            file = file_in(path, name)
             if (found := file.stat().st_size) != size:
                 raise ValueError(f"{name} has {found:,} of {size:,} bytes")
             if checksum(file) != crc:
-                raise ValueError(f"wrong check sum of {name}")
+                raise ValueError(f"wrong checksum of {name}")
         names = [name for name, _, _ in files]
 
-        def stored(name: str, tensor: Tensor) -> Stored:
-            return check_parts(Stored(path, name, tensor.shape, tensor.dtype, names, chunks[name]))
+        def refer(name: str, tensor: Tensor) -> TensorReference:
+            reference = TensorReference(path, name, tensor.shape, tensor.dtype, names, chunks[name])
+            reference.parts()  # raises where they do not make up the tensor
+            return reference
 
-        return _map(content["values"], stored)
+        return _map(content["values"], refer)
     except Exception as error:  # a damaged file can fail anywhere inside the readers
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is truncated, damaged or not a checkpoint: {reason}") from error
+        raise ValueError(f"{path.absolute()} is truncated, damaged or not a checkpoint: {reason}") from error
 
 
-def fetch(value: Any) -> Any:
-    """A part of what `read_checkpoint` returned, with whole tensors, in host memory, for what is `Stored`.
+def materialize(value: Any) -> Any:
+    """A part of what `read_checkpoint` returned, its references replaced by whole tensors in host memory.
 
     Raises:
         ValueError: see `read_tensors`; or the tensors are larger than their files.
     """
     targets, asked, files = [], 0, set()
 
-    def measure(_, stored: Stored) -> None:
+    def measure(_, reference: TensorReference) -> None:
         nonlocal asked
-        asked += prod(stored.shape) * stored.dtype.itemsize
-        files.update((stored.folder, stored.files[number]) for number in stored.chunks[:, 0].tolist())
+        asked += prod(reference.shape) * reference.dtype.itemsize
+        files.update((reference.folder, reference.files[index]) for index, *_ in reference.parts())
 
-    _map(value, measure, kind=Stored)
-    if asked > (there := sum(file_of(*file).stat().st_size for file in files)):  # before memory is asked for
+    _map(value, measure, kind=TensorReference)
+    if asked > (there := sum(file_in(*file).stat().st_size for file in files)):  # before memory is asked for
         raise ValueError(f"tensors of {asked:,} bytes cannot lie in files of {there:,} bytes")
 
-    def make_room(_, stored: Stored) -> Tensor:
-        targets.append((torch.empty(stored.shape, dtype=stored.dtype), stored))
+    def allocate(_, reference: TensorReference) -> Tensor:
+        targets.append((torch.empty(reference.shape, dtype=reference.dtype), reference))
         return targets[-1][0]
 
-    whole = _map(value, make_room, kind=Stored)
+    whole = _map(value, allocate, kind=TensorReference)
     read_tensors(targets)
     return whole
 
 
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Load "model" and "optimizer" of a checkpoint in place; of what is in shards each rank reads its own.
+    """Load "model" and "optimizer" of a checkpoint in place; of shards each rank reads its own.
 
-    Of the optimizer what it has gathered, not its settings: those are this run's.
+    The optimizer's moments are loaded, not its settings: those are this run's.
 
     Raises:
         ValueError: the checkpoint is of another model, or cannot be read.
@@ -123,22 +125,21 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[s
             f"the checkpoint's optimizer has groups of {', '.join(str(len(group)) for group in before)} "
             f"parameters, expected {', '.join(str(len(group['params'])) for group in groups)}"
         )
-    targets = [(tensors[name], stored) for name, stored in saved["model"].items()]
+    targets = [(tensors[name], reference) for name, reference in saved["model"].items()]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-    def make_room(parameter: Tensor, stored: Stored) -> Tensor:
-        alike = stored.shape == parameter.shape  # else a count of steps, which the optimizer puts into place
-        if not alike and stored.shape:
-            raise ValueError(
-                f"{stored.folder}: {stored.name} is {tuple(stored.shape)}, expected {tuple(parameter.shape)}"
+    def moments_of(parameter: Tensor, values: dict[str, Any]) -> dict[str, Any]:
+        def allocate(_, reference: TensorReference) -> Tensor:
+            scalar = not reference.shape and parameter.ndim  # a step count, which the optimizer places
+            targets.append(
+                (torch.empty((), dtype=reference.dtype) if scalar else torch.empty_like(parameter), reference)
             )
-        room = torch.empty_like(parameter) if alike else torch.empty((), dtype=stored.dtype)
-        targets.append((room, stored))
-        return room
+            return targets[-1][0]
+
+        return _map(values, allocate, kind=TensorReference)
 
     moments = {
-        index: _map(values, lambda _, stored, index=index: make_room(parameters[index], stored), kind=Stored)
-        for index, values in saved["optimizer"]["state"].items()
+        index: moments_of(parameters[index], values) for index, values in saved["optimizer"]["state"].items()
     }
     read_tensors(targets)
     optimizer.load_state_dict({"param_groups": groups, "state": moments})
@@ -148,7 +149,7 @@ class Checkpoints:
     """The checkpoints in one folder: `step_00000100`, …, and `latest`, which holds the name of the newest.
 
     `save`, `wait`, `load` and `load_latest` are collective: all ranks call them, all succeed or all raise.
-    What every rank has is written by rank 0.
+    Tensors that every rank holds are written by rank 0.
 
     Args:
         folder: made when missing; all ranks see it.
@@ -178,14 +179,14 @@ class Checkpoints:
         exports: Mapping[str | os.PathLike, Callable[[dict[str, Any]], Any]] | None = None,
         wait: bool = True,
     ) -> None:
-        """Write `state` and `{"step": step}`, point to it, then remove what need not be kept.
+        """Write and publish `state` and `{"step": step}`, then remove checkpoints that need not be kept.
 
         Args:
             step: optimizer steps taken so far.
             state: tensors (shards too), numbers, text, and dictionaries, lists and tuples of them.
-            exports: further files to make, before the checkpoint is pointed to; each function is called on
-                rank 0 with what `read_checkpoint` gives, and returns the part that is written, fetched.
-            wait: return when all is on the disk; else when a copy of `state` is made, which may then change.
+            exports: further files to write, before the checkpoint is published; each function is called on
+                rank 0 with what `read_checkpoint` gives, and returns the part to materialize and write.
+            wait: return when all is on the disk; else as soon as `state` is copied and may change.
 
         Raises:
             TypeError: `state` holds something that could not be read back safely.
@@ -195,16 +196,16 @@ class Checkpoints:
         self.wait()
         tensors, sizes = {}, {}
 
-        def describe(name: str, tensor: Tensor) -> Tensor:
+        def take(name: str, tensor: Tensor) -> Tensor:
             assert name not in sizes, f"two tensors would be called {name}"
             sizes[name] = tensor.numel() * tensor.element_size()
             if _is_of_first_copy(tensor) if isinstance(tensor, DTensor) else self.runtime.is_main:
                 tensors[name] = tensor.detach().to("cpu", copy=True)
             return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
-        values = _map({**state, "step": step}, describe)
+        values = _map({**state, "step": step}, take)
         size = sum(sizes.values())
-        self._pending = self._writer.submit(self._finish, step, values, tensors, size, exports or {})
+        self._pending = self._writer.submit(self._write, step, values, tensors, size, exports or {})
         if wait:
             self.wait()
 
@@ -220,7 +221,7 @@ class Checkpoints:
             if failure:
                 raise OSError(failure)
 
-    def _finish(
+    def _write(
         self,
         step: int,
         values: dict[str, Any],
@@ -228,89 +229,82 @@ class Checkpoints:
         size: int,
         exports: Mapping[str | os.PathLike, Callable[[dict[str, Any]], Any]],
     ) -> str | None:
-        """Write all, in the background; returns what went wrong."""
+        """Write and publish a checkpoint, in the background; returns what went wrong."""
         group = self.runtime.host_group
         if group is None and not self.runtime.is_main:
             return None
-        aside = self.folder / f".step_{step:08d}.tmp"
+        temporary = self.folder / f".step_{step:08d}.tmp"
         try:
-            self._prepare(aside, size)
-            placed = write_tensors(aside, tensors, group)
+            self._make_folder(temporary, size)
+            index = write_tensors(temporary, tensors, group)
             tensors.clear()  # room for what is exported
             if self.runtime.is_main:
-                content = {"values": values, "files": placed.files, "chunks": placed.chunks}
-                write_atomic(aside / _VALUES, partial(torch.save, content))
-                written = read_checkpoint(aside, verify=slice(0))
+                content = {"values": values, "files": index.files, "chunks": index.chunks}
+                write_atomic(temporary / _VALUES, partial(torch.save, content))
+                written = read_checkpoint(temporary, verify=slice(0))
                 for file, part_of in exports.items():
-                    _remove_leftovers(Path(file))
-                    write_atomic(file, partial(torch.save, fetch(part_of(written))))
-                self._publish(aside, step)
+                    file = Path(file)
+                    remove_leftovers(file.parent, glob.escape(file.name))
+                    write_atomic(file, partial(torch.save, materialize(part_of(written))))
+                self._publish(temporary, step)
         except Exception as error:  # whatever it is, the other ranks wait to hear of it
-            reason = error
-            # what torch met first, when it fails again in closing the file
-            while reason.__context__ and not reason.__suppress_context__:
-                reason = reason.__context__
-            free = 0.0
-            with contextlib.suppress(OSError):
-                free = shutil.disk_usage(self.folder).free / GIB
             if self.runtime.is_main:
-                shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(temporary, ignore_errors=True)
             return (
-                f"could not save {self.folder / f'step_{step:08d}'}: {reason} ({size / GIB:.3f} GiB needed, "
-                f"{free:.3f} GiB free). Earlier checkpoints are untouched"
+                f"could not save step {step} in {self.folder.absolute()}: {error}. "
+                "Earlier checkpoints are untouched"
             )
         return None
 
-    def _prepare(self, aside: Path, size: int) -> None:
-        """Make the empty folder `aside`; all ranks learn when that fails."""
+    def _make_folder(self, temporary: Path, size: int) -> None:
+        """Make the empty folder `temporary` for `size` bytes; all ranks raise when that fails."""
         failure = None
         if self.runtime.is_main:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for leftover in self.folder.glob(".*.tmp"):  # of a process killed while saving
-                    if leftover.is_dir():
-                        shutil.rmtree(leftover, ignore_errors=True)  # network file systems keep what is open
-                    else:
-                        leftover.unlink()
-                if shutil.disk_usage(self.folder).free < size:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                aside.mkdir()
-            except Exception as error:
-                failure = error
+                remove_leftovers(self.folder)  # of a process that was killed while saving
+                for leftover in self.folder.glob(".step_*.tmp"):
+                    shutil.rmtree(leftover, ignore_errors=True)  # network file systems keep what is open
+                require_free(temporary, size)
+                temporary.mkdir()
+            except OSError as error:
+                failure = str(error)
         if self.runtime.host_group is not None:
-            told = [failure]
-            dist.broadcast_object_list(told, src=0, group=self.runtime.host_group)
-            failure = told[0]
+            shared = [failure]
+            dist.broadcast_object_list(shared, src=0, group=self.runtime.host_group)
+            failure = shared[0]
         if failure is not None:
-            raise failure
+            raise OSError(failure)
 
-    def _publish(self, aside: Path, step: int) -> None:
-        """Name the complete checkpoint `aside`, point to it, and remove what need not be kept."""
+    def _publish(self, temporary: Path, step: int) -> None:
+        """Rename a complete checkpoint, let `latest` name it, and remove those that need not be kept."""
         path = self.folder / f"step_{step:08d}"
-        for attempt in itertools.count(1):  # somebody went back: what is pointed to stays until we are done
+        for attempt in itertools.count(
+            1
+        ):  # the run was rolled back: what `latest` names stays until we are done
             if not path.exists():
                 break
             path = self.folder / f"step_{step:08d}-{attempt}"
-        os.replace(aside, path)
-        fsync(self.folder)  # before the pointer can be there
-        write_atomic(self.folder / _POINTER, lambda file: file.write(path.name.encode() + b"\n"))
+        os.replace(temporary, path)
+        fsync(self.folder)  # before it is published
+        write_text(self.folder / _POINTER, f"{path.name}\n")
 
-        # Later ones, if any, belong to a future somebody went back from: they are not ours to judge.
-        past = [(at, other) for at, _, other in self._saved() if at <= step and other != path]
-        for position, (at, other) in enumerate(reversed(past), start=2):
+        # Later ones, if any, are those of a run that was rolled back: they are not ours to judge.
+        earlier = [(at, other) for at, _, other in self._saved() if at <= step and other != path]
+        for position, (at, other) in enumerate(reversed(earlier), start=2):
             kept = position <= self.keep_newest or (self.keep_every and at % self.keep_every == 0)
             if at == step or not kept:
-                # The new one is safe whatever happens here: network file systems keep what somebody reads.
+                # The new one is safe whatever happens here: network file systems keep files that are open.
                 with contextlib.suppress(OSError):
-                    gone = other.with_name(f".{other.name}.tmp")
-                    os.replace(other, gone)
-                    shutil.rmtree(gone)
+                    removed = other.with_name(f".{other.name}.tmp")
+                    os.replace(other, removed)
+                    shutil.rmtree(removed)
 
     def load(self, path: str | os.PathLike) -> dict[str, Any]:
-        """What `read_checkpoint` gives for a checkpoint anywhere, of whose files each rank verifies a share.
+        """`read_checkpoint` of a checkpoint anywhere, of whose files each rank verifies a share.
 
         Raises:
-            ValueError: on every rank, when it is missing or one has found it damaged.
+            ValueError: on every rank, when it is missing or any rank found it damaged.
         """
         state = failure = None
         try:
@@ -339,7 +333,7 @@ class Checkpoints:
             raise ValueError(f"{self.folder} cannot be read: {failure}")
         if name is None:
             return None
-        pointer = self.folder / _POINTER
+        pointer = self.folder.absolute() / _POINTER
         match = _CHECKPOINT.fullmatch(name)
         if not match:
             raise ValueError(f"{pointer} holds {name[:80]!r}, which is not the name of a checkpoint")
@@ -348,9 +342,9 @@ class Checkpoints:
         except ValueError as error:
             older = [path.name for step, _, path in self._saved() if step < int(match[1])]
             remedy = (
-                f"To go on from {older[-1]}, write that name into {pointer}"
+                f"To resume from {older[-1]}, write that name into {pointer}"
                 if older
-                else f"There is no older one: to start again, empty {self.folder}"
+                else f"There is no older one: to start again, empty {self.folder.absolute()}"
             )
             raise ValueError(f"{error}. {remedy}") from error
 
@@ -360,7 +354,7 @@ class Checkpoints:
         return sorted((int(match[1]), int(match[2] or 0), path) for match, path in found if match)
 
     def _newest(self) -> str | None:
-        """The name pointed to; without a pointer (killed before its first) the newest, which is complete."""
+        """The name in `latest`; without it (killed before the first was published) the newest there is."""
         pointer = self.folder / _POINTER
         if pointer.is_file():
             return pointer.read_text(errors="replace").strip()
@@ -368,14 +362,8 @@ class Checkpoints:
         return saved[-1][2].name if saved else None
 
 
-def _remove_leftovers(file: Path) -> None:
-    """Remove what processes that were killed in `write_atomic` have left beside `file`."""
-    for leftover in file.parent.glob(f".{glob.escape(file.name)}.*.tmp"):
-        leftover.unlink(missing_ok=True)
-
-
 class Interval:
-    """Due every `steps` steps, and when `minutes` have passed since it was last due; 0 switches either off.
+    """Due every `steps` steps, and `minutes` after it was last due; 0 switches either off.
 
     Rank 0's clock decides for all: with `minutes`, `due` is a collective that waits for the device.
     """
@@ -389,7 +377,7 @@ class Interval:
         self._since = time.monotonic()
 
     def due(self, step: int) -> bool:
-        """Whether it is time, `step` steps having been taken; the same answer on every rank."""
+        """Whether it is time after `step` steps; the same answer on every rank."""
         due = self.steps > 0 and step % self.steps == 0
         if not due and self.minutes > 0:
             late = time.monotonic() - self._since >= 60 * self.minutes
@@ -400,12 +388,12 @@ class Interval:
 
 
 def _is_of_first_copy(shard: DTensor) -> bool:
-    """Whether this rank's part is one of the first copy's, where machines hold copies."""
+    """Whether this rank's shard belongs to the first copy, where nodes hold copies."""
     return not any(shard.device_mesh.get_coordinate()[:-1])
 
 
 def _map(value: Any, function: Callable[[str, Any], Any], kind: type = Tensor, name: str = "") -> Any:
-    """Plain `value` with `function(name, part)` for each part of a `kind`, whose name is the path to it.
+    """`value` with each part of type `kind` replaced by `function(name, part)`; its name is the path to it.
 
     Raises:
         TypeError: a part is of a type that a reader without pickle would refuse.

@@ -1,16 +1,19 @@
 """What a run reports: `log.jsonl` and progress always, TensorBoard and Weights & Biases when asked for."""
 
+import contextlib
+import errno
 import importlib.util
 import json
 import math
 import os
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pixio.files import write_atomic
+from pixio.files import disk_full, write_atomic, write_text
 
 _SECONDS_BETWEEN_LINES = 10.0  # where the output is a file, a line per logged step would bury everything else
 
@@ -20,7 +23,8 @@ class Log:
 
     Logged are the first step of the run, every `every`-th and the last. A line of `log.jsonl` is an object
     with `step`, `images`, the values given, and `images_per_second` and `data_wait_share` since the line
-    before (null on the first after a start). Numbers that are not finite become null, as JSON asks.
+    before (null on the first after a start). Numbers that are not finite become null, as JSON asks. What
+    cannot be written, on a full disk say, is reported once and never ends training.
 
     Args:
         folder: where `log.jsonl` is; made when missing.
@@ -29,8 +33,9 @@ class Log:
         start_step: steps taken when the run was resumed; lines beyond it are dropped.
         every: steps between logged steps.
         tensorboard: also write TensorBoard events into `folder`.
-        wandb: also report to Weights & Biases, which reads its own environment variables.
-        config: settings of the run for Weights & Biases.
+        wandb: also report to Weights & Biases, which reads its own environment variables. A resumed run stays
+            one run there: its id is kept in `folder`.
+        config: options of the run, for Weights & Biases.
 
     Raises:
         ValueError: on every rank, when TensorBoard or Weights & Biases is asked for and not installed.
@@ -59,25 +64,26 @@ class Log:
             return
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "log.jsonl"
-        if path.exists():
-            _drop_lines_after(path, start_step)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+        self._lines = _Lines(folder / "log.jsonl", start_step)
         self._progress = _Progress(total_steps, start_step)
-        self._sinks: list[Callable[[int, dict[str, float]], object]] = []
-        self._closers = [self._file.close, self._progress.close]
+        self._sinks: dict[str, Callable[[int, dict[str, Any]], object]] = {
+            str(self._lines.path.absolute()): self._lines.write,
+            "progress": self._progress.show,
+        }
+        self._closers = [self._lines.close, self._progress.close]
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(str(folder), purge_step=start_step + 1)
-            self._sinks.append(lambda step, row: [writer.add_scalar(k, v, step) for k, v in row.items()])
+            self._sinks["TensorBoard"] = lambda step, row: [
+                writer.add_scalar(name, value, step) for name, value in _numbers(row).items()
+            ]
             self._closers.append(writer.close)
         if wandb:
-            import wandb as client
-
-            run = client.init(dir=str(folder), name=folder.resolve().name, config=config)
-            self._sinks.append(lambda step, row: run.log(row, step=step))
+            run = _start_wandb(folder, config)
+            self._sinks["Weights & Biases"] = lambda step, row: run.log(_numbers(row), step=step)
             self._closers.append(run.finish)
+        self._failing: set[str] = set()
         self._last: tuple[float, int] | None = None  # time and images seen at the line before
         self._waited = 0.0
 
@@ -97,20 +103,30 @@ class Log:
         if step == 1 or step % self.every == 0 or step == self.total_steps:
             row = {"step": step, "images": images} | {name: _plain(value) for name, value in values.items()}
             row |= self._rates(images)
-            self._file.write(json.dumps(row, allow_nan=False) + "\n")
-            self._file.flush()
-            for sink in self._sinks:
-                sink(step, _numbers(row))
-            self._progress.show(step, row)
+            for name, write in self._sinks.items():
+                self._try(name, write, step, row)
         elif self._last is None:
             self._rates(images)  # rates are counted from the first step on, which is slow for its own reasons
-        self._progress.advance(step)
+        self._try("progress", self._progress.advance, step)
 
     def close(self) -> None:
         """Finish the progress line and whatever writes beside `log.jsonl`."""
         if self.is_main:
             for close in self._closers:
-                close()
+                self._try("the log", close)
+
+    def _try(self, name: str, function: Callable[..., object], *arguments: Any) -> None:
+        """Call a function whose failure must not end training; says so once, until it works again."""
+        try:
+            function(*arguments)
+            self._failing.discard(name)
+        except Exception as error:  # whatever a service or a disk can raise
+            if name not in self._failing:
+                self._failing.add(name)
+                with contextlib.suppress(OSError):  # where nobody reads any more
+                    print(
+                        f"{name} cannot be written, training continues: {error}", file=sys.stderr, flush=True
+                    )
 
     def _rates(self, images: int) -> dict[str, float | None]:
         """Throughput and share of time spent waiting for data since the last call, which this one becomes."""
@@ -170,17 +186,51 @@ class _Progress:
             self.bar.close()
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Keep the whole lines of a log up to `step`: what a killed run wrote later is written again."""
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
+class _Lines:
+    """A file of JSON lines in which every line is whole."""
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        """Keep the whole lines up to `last_step`: what a killed run wrote later is written again."""
+        self.path = path
+        if path.exists():
+            kept = []
+            for line in path.read_bytes().splitlines(keepends=True):
+                try:
+                    keep = json.loads(line)["step"] <= last_step
+                except (ValueError, KeyError, TypeError):  # cut off by a kill
+                    keep = False
+                if keep and line.endswith(b"\n"):
+                    kept.append(line)
+            write_atomic(path, lambda file: file.writelines(kept))
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
+        self.close = self._file.close
+
+    def write(self, _: int, row: dict[str, Any]) -> None:
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        begin = os.fstat(self._file.fileno()).st_size
         try:
-            keep = json.loads(line)["step"] <= step
-        except (ValueError, KeyError, TypeError):  # cut off by a kill
-            keep = False
-        if keep and line.endswith(b"\n"):
-            kept.append(line)
-    write_atomic(path, lambda file: file.writelines(kept))
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._file.truncate(begin)
+            raise disk_full(error, self.path, len(line)) or error from None
+
+
+def _start_wandb(folder: Path, config: dict[str, Any] | None) -> Any:
+    """Start a run of Weights & Biases, or continue the one whose id is in `folder`."""
+    import wandb
+
+    file = folder / "wandb_id"
+    if not file.exists():
+        write_text(file, f"{uuid.uuid4().hex[:8]}\n")
+    return wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "pixio"),
+        id=os.environ.get("WANDB_RUN_ID") or file.read_text().strip(),
+        resume="allow",
+        dir=str(folder),
+        name=folder.resolve().name,
+        config=config,
+    )
 
 
 def _plain(value: Any) -> Any:

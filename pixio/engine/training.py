@@ -1,7 +1,7 @@
-"""Settings every training program shares: data, optimisation, run, machine; the release's flag names."""
+"""What training programs share: options (with the release's flag names), start, log, saves and resuming."""
 
-import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -13,7 +13,7 @@ from pixio.engine.runtime import Runtime, start_runtime
 from pixio.engine.schedule import warmup_cosine
 from pixio.engine.signals import defer_signals
 from pixio.engine.step import NonFiniteLoss
-from pixio.files import write_atomic
+from pixio.files import write_json
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class TrainConfig:
     decode: Literal["fast", "exact"] = option("fast", "exact reads whole images at full scale, with Pillow")
     num_workers: int = option(6, "loading processes per rank")
     pin_mem: bool = option(True, "pinned memory for faster transfers to a GPU")
-    # optimisation
+    # optimization
     batch_size: int = option(64, "images per rank and forward pass")
     accum_iter: int = option(1, "forward passes per step")
     epochs: int = option(400, "length of the run, in epochs of --iters_per_epoch steps")
@@ -54,22 +54,22 @@ class TrainConfig:
     save_steps: int = option(1000, "steps between checkpoints; 0 = off")
     save_minutes: float = option(30.0, "minutes between checkpoints; 0 = off")
     resume: str | None = option(
-        None, "checkpoint of another run to go on from; the run's own is found by itself"
+        None, "checkpoint of another run to start from; the run's own is found by itself"
     )
     start_epoch: int = option(0, "epoch at which a run without a checkpoint starts")
     tensorboard: bool = option(False, "also log to TensorBoard")
     wandb: bool = option(False, "also log to Weights & Biases")
-    # machine
+    # hardware
     device: str = option("auto", "auto (a GPU if there is one), cpu, or the name of a torch device")
     dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", "what autocast computes in")
     compile: bool = option(False, "compile the model with torch.compile")
     parallel: Literal["ddp", "fsdp", "hybrid"] = option(
-        "ddp", "a model per GPU, shards over all GPUs, or shards within each machine"
+        "ddp", "a model per GPU, shards over all GPUs, or shards within each node"
     )
     grad_checkpointing: bool = option(False, "recompute activations: much less memory, a third more time")
-    world_size: int | None = option(None, "processes, when started by hand; launchers tell it")
+    world_size: int | None = option(None, "processes, when started by hand; launchers set it")
     local_rank: int | None = option(None, "which of them this is", aliases=("local-rank",))
-    dist_url: str | None = option(None, "where they meet, such as tcp://127.0.0.1:29500")
+    dist_url: str | None = option(None, "rendezvous of these, such as tcp://127.0.0.1:29500")
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accum_iter", "epochs", "iters_per_epoch"):
@@ -177,18 +177,42 @@ def start_log(config: TrainConfig, runtime: Runtime, start_step: int) -> Log:
     )
 
 
-def save_report(config: TrainConfig, runtime: Runtime, report: dict[str, Any]) -> None:
-    """Collective: write what every rank's loader met, damaged files by name, to `data_report.json`."""
-    reports = runtime.gather(report)
+def save_run(
+    config: TrainConfig,
+    runtime: Runtime,
+    checkpoints: Checkpoints,
+    step: int,
+    images: int,
+    loader: Any,
+    models: dict[str, Any],
+    exports: Mapping[str | os.PathLike, Callable[[dict[str, Any]], Any]],
+    wait: bool,
+) -> None:
+    """Collective: save `models` with all else a run needs to resume, and what its loaders have read.
+
+    The latter, with damaged files by name, goes to `data_report.json`.
+
+    Args:
+        config: options of the run, saved too.
+        runtime: the ranks of the run.
+        checkpoints: where to save.
+        step: optimizer steps taken.
+        images: images seen so far, over all ranks.
+        loader: this rank's; has `state_dict()` and `report()`.
+        models, exports, wait: see `Checkpoints.save`.
+    """
+    data = runtime.gather(loader.state_dict())
+    state = {**models, "data": data, "images": images, "config": asdict(config)}
+    checkpoints.save(step, state, exports, wait)
+    reports = runtime.gather(loader.report())
     if runtime.is_main:
-        text = json.dumps(reports, indent=2)
-        write_atomic(Path(config.output_dir) / "data_report.json", lambda file: file.write(text.encode()))
+        write_json(Path(config.output_dir) / "data_report.json", reports)
 
 
 def save_when_due(
     config: TrainConfig, runtime: Runtime, interval: Interval, step: int, save: Callable[..., None]
 ) -> bool:
-    """Collective: `save(step, wait=…)` where it is time to; returns whether the run was asked to stop.
+    """Collective: call `save(step, wait=…)` when it is time to; returns whether the run was asked to stop.
 
     It is time when `interval` is due, every --save_freq epochs, at the end of the run, and before it stops;
     these last two saves are waited for. After its last step a run ends instead of stopping.
@@ -202,10 +226,12 @@ def save_when_due(
 
 
 def is_finished(config: TrainConfig, runtime: Runtime, step: int) -> bool:
-    """Whether a run that stands at `step` has no step left; says so."""
+    """Whether a run has no step left after `step`; says so."""
     finished = step >= config.total_steps
     if finished and runtime.is_main:
-        print(f"{config.output_dir} is finished: {step} of {config.total_steps} steps are done")
+        print(
+            f"{Path(config.output_dir).absolute()} is finished: {step} of {config.total_steps} steps are done"
+        )
     return finished
 
 
@@ -217,9 +243,17 @@ def state_to_resume(
     Raises:
         ValueError: it cannot be read, is of another program, or differs from `config` in one of `keys`.
     """
-    state, where, remedy = checkpoints.load_latest(), f"{config.output_dir} holds", "--output_dir"
+    state, where, remedy = (
+        checkpoints.load_latest(),
+        f"{Path(config.output_dir).absolute()} holds",
+        "--output_dir",
+    )
     if state is None and config.resume:
-        state, where, remedy = checkpoints.load(config.resume), f"{config.resume} is of", "--resume"
+        state, where, remedy = (
+            checkpoints.load(config.resume),
+            f"{Path(config.resume).absolute()} is of",
+            "--resume",
+        )
     for key in keys if state else ():
         saved = state.get("config") or {}
         if key not in saved:

@@ -155,7 +155,7 @@ def _write_tensors(state: State, path: Path, safe: bool) -> None:
         for key, value in state.items()
     }
     if safe:
-        from pixio.engine.storage import write_safetensors  # here, so that light uses stay light
+        from pixio.engine.tensor_files import write_safetensors  # here, so that light uses stay light
 
         write_safetensors(state, path, {"format": "pt"})
     else:

@@ -47,10 +47,10 @@ def read_file(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path).expanduser()
     if _is_checkpoint(path):
-        from pixio.engine.checkpoint import fetch, read_checkpoint  # only who has trained needs the engine
+        from pixio.engine.checkpoint import materialize, read_checkpoint  # only who trains needs it
 
         content = read_checkpoint(path, verify=slice(0))
-        return {**content, "model": fetch(content["model"])} if "model" in content else content
+        return {**content, "model": materialize(content["model"])} if "model" in content else content
     if not path.is_file():
         raise FileNotFoundError(f"no weight file at {path}" + (" (it is a folder)" if path.is_dir() else ""))
     try:
