@@ -18,7 +18,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,24 +27,29 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import pixio
 from pixio.data import Curation, find_shards
-from pixio.data.curation import ENTROPY_SIZE, color_entropy, has_scores, statistics_path
-from pixio.data.shards import Entry, TarShard
+from pixio.data.curation import (
+    ENTROPY_SIZE,
+    SCORES,
+    has_scores,
+    known_records,
+    statistics_paths,
+    write_statistics,
+)
+from pixio.data.scoring import TarScorer
+from pixio.data.shards import TarShard
 from pixio.engine.config import option, parse
 from pixio.engine.runtime import Runtime, start_runtime
-from pixio.files import write_atomic
-from pixio.images.crops import decode_crop
-from pixio.images.decoding import DamagedDataError, read_size
+from pixio.files import read_json, write_atomic, write_json
+from pixio.images.crops import decode_crop, whole_box
 from pixio.images.normalization import normalize
 from pixio.models.mae import PixioMAE
 from pixio.models.masking import cell_grid, count_kept
 
-KEYS = {"size": ("width", "height"), "entropy": ("histogram_score",), "loss": ("mae_loss",)}
-ENTROPY_DIGITS = 4
 LOSS_DIGITS = 3  # floating point differs in the 7th digit between batch sizes
 PATIENCE = 7 * 24 * 60  # minutes a rank waits at the end for slower ones
 
@@ -70,8 +75,8 @@ class CurateConfig:
     dist_url: str | None = option(None, "where they meet, such as tcp://127.0.0.1:29500")
 
     def __post_init__(self) -> None:
-        if unknown := set(self.scores) - set(KEYS):
-            raise ValueError(f"--only {','.join(sorted(unknown))}: choose from {', '.join(KEYS)}")
+        if unknown := set(self.scores) - set(SCORES):
+            raise ValueError(f"--only {','.join(sorted(unknown))}: choose from {', '.join(SCORES)}")
         if ("loss" in self.scores) != (self.checkpoint is not None):
             raise ValueError("--checkpoint is needed for the loss, and only for it (--only size,entropy)")
         for name in ("mask_draws", "batch_size"):
@@ -82,13 +87,13 @@ class CurateConfig:
 
     @property
     def scores(self) -> list[str]:
-        """Names of the scores, keys of `KEYS`."""
+        """Names of the scores, keys of `SCORES`."""
         return self.only.split(",")
 
     @property
     def keys(self) -> list[str]:
         """Keys of a record that this run computes."""
-        return [key for score in KEYS if score in self.scores for key in KEYS[score]]
+        return [key for score in SCORES if score in self.scores for key in SCORES[score]]
 
 
 @dataclass(frozen=True)
@@ -108,70 +113,6 @@ class ReportConfig:
         for name in ("max_tars", "images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, found {getattr(self, name)}")
-
-
-# ---------------------------------------------------------------------------------------------- reading
-class Part(NamedTuple):
-    """Some images of a tar, in its order; what a tar's parts are does not depend on who reads it."""
-
-    tar: int
-    records: dict[str, dict[str, Any]]  # of all images of the part
-    names: list[str]  # of those that the model is to score, with
-    pixels: Tensor  # uint8 [n, 3, S, S] and
-    seeds: list[int]  # one for each, from the image's bytes
-    members: int  # of the whole tar; 0 if it cannot be read
-    last: bool
-    error: str = ""
-
-
-@dataclass(frozen=True)
-class Tars(IterableDataset):
-    """The parts of tars; worker w of W reads every W-th tar."""
-
-    shards: list[TarShard]
-    scores: list[str]
-    size: int  # S, side of the model's input in pixels
-    batch_size: int
-
-    def __iter__(self) -> Iterator[Part]:
-        info = get_worker_info()
-        for index in range(info.id if info else 0, len(self.shards), info.num_workers if info else 1):
-            try:
-                with self.shards[index].open(0) as source:
-                    entries = source.entries
-                    for first in range(0, len(entries), self.batch_size):
-                        yield self._part(index, source.read, entries, first)
-            except (DamagedDataError, OSError) as error:
-                yield Part(index, {}, [], self._stack([]), [], 0, True, str(error))
-
-    def _part(self, index: int, read: Any, entries: Sequence[Entry], first: int) -> Part:
-        records, names, images, seeds = {}, [], [], []
-        for entry in entries[first : first + self.batch_size]:
-            try:
-                data = read(entry)
-                width, height = read_size(data)
-                records[entry.key] = record = {"width": width, "height": height}
-                if "entropy" in self.scores:
-                    pixels = decode_crop(data, ENTROPY_SIZE, whole)
-                    record["histogram_score"] = round(color_entropy(pixels), ENTROPY_DIGITS)
-                if "loss" in self.scores:
-                    if "entropy" not in self.scores or self.size != ENTROPY_SIZE:
-                        pixels = decode_crop(data, self.size, whole)
-                    names.append(entry.key)
-                    images.append(pixels)
-                    seeds.append(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big"))
-            except DamagedDataError as error:  # but where the disk fails the tar is to be tried again
-                records[entry.key] = {"error": str(error)}
-        last = first + self.batch_size >= len(entries)
-        return Part(index, records, names, self._stack(images), seeds, len(entries), last)
-
-    def _stack(self, images: list[Tensor]) -> Tensor:
-        return torch.stack(images) if images else torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
-
-
-def whole(width: int, height: int) -> tuple[int, int, int, int]:
-    """The box of a whole image."""
-    return 0, 0, width, height
 
 
 # ---------------------------------------------------------------------------------------------- scoring
@@ -248,7 +189,7 @@ def curate(config: CurateConfig, runtime: Runtime) -> Counter[str]:
     pending = [i for i in mine if not is_done(paths[i], config)]
     size = mae.encoder.img_size[0] if mae else ENTROPY_SIZE
     parts = DataLoader(
-        Tars([shards[i] for i in pending], config.scores, size, config.batch_size),
+        TarScorer([shards[i] for i in pending], config.scores, size, config.batch_size),
         batch_size=None,
         num_workers=min(config.num_workers, len(pending)),
     )
@@ -287,55 +228,10 @@ def curate(config: CurateConfig, runtime: Runtime) -> Counter[str]:
     return counts
 
 
-# ---------------------------------------------------------------------------------------------- files
-def statistics_paths(shards: Sequence[TarShard], json_path: str) -> list[str]:
-    """Where the statistics of each tar belong.
-
-    Raises:
-        ValueError: two tars claim one file, or a URL names none.
-    """
-    owners: dict[str, str] = {}
-    for shard in shards:
-        path = statistics_path(json_path, shard)
-        if path is None:
-            raise ValueError(f"{shard.name} has no parent folder and name that could name its statistics")
-        if path in owners:
-            raise ValueError(f"{shard.name} and {owners[path]} would share {path}; rename a folder")
-        owners[path] = shard.name
-    return list(owners)
-
-
-def read_statistics(path: str) -> dict[str, Any]:
-    """The records of a tar by member name; none where there is no readable file."""
-    records = read_object(path)
-    return {name: record for name, record in records.items() if isinstance(record, dict)}
-
-
-def read_object(path: str | Path) -> dict[str, Any]:
-    """What a JSON file holds; nothing where there is no readable object."""
-    try:
-        found = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def is_done(path: str, config: CurateConfig) -> bool:
     """Whether a tar has all the scores that this run computes."""
-    records = read_statistics(path).values()
+    records = known_records(path).values()
     return bool(records) and all("error" in record or has_scores(record, config.keys) for record in records)
-
-
-def write_statistics(path: str, records: dict[str, dict[str, Any]]) -> None:
-    """Write a tar's records, with the scores that it has already and this run does not compute."""
-    known = read_statistics(path)
-    for name, record in records.items():
-        if "error" not in record:
-            record = {**known.get(name, {}), **record}
-            records[name] = {key: record[key] for keys in KEYS.values() for key in keys if key in record}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(records, allow_nan=False)
-    write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def check_settings(config: CurateConfig, mae: PixioMAE | None, runtime: Runtime) -> None:
@@ -352,13 +248,12 @@ def check_settings(config: CurateConfig, mae: PixioMAE | None, runtime: Runtime)
         **{name: getattr(config, name) for name in ("mask_draws", "mask_ratio", "seed", "dtype")},
     }
     path = Path(config.json_path) / "loss_settings.json"
-    if path.exists() and (found := read_object(path)) != settings:
+    if path.exists() and (found := read_json(path)) != settings:
         raise ValueError(
             f"{path} says that the losses here come from {found}, not {settings}: choose another --json_path"
         )
     if runtime.is_main:
-        text = json.dumps(settings, indent=2)
-        write_atomic(path, lambda file: file.write(text.encode()))
+        write_json(path, settings)
 
 
 # ---------------------------------------------------------------------------------------------- the report
@@ -381,7 +276,7 @@ def report(config: ReportConfig) -> None:
         for name, record in tar.items()
         if isinstance(record, dict)
     ]
-    scored = [image for image in images if has_scores(image.record, KEYS["size"] + KEYS["entropy"])]
+    scored = [image for image in images if has_scores(image.record, SCORES["size"] + SCORES["entropy"])]
     if not scored:
         raise ValueError(f"{config.json_path} holds no histogram_score for the tars in {config.data_path}")
     values = {
@@ -405,9 +300,8 @@ def report(config: ReportConfig) -> None:
         summary["kept by all, on average"] = mean(passes * np.minimum(losses, 1))
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(summary, indent=2)
-    write_atomic(output / "report.json", lambda file: file.write(text.encode()))
-    print(text)
+    write_json(output / "report.json", summary)
+    print(json.dumps(summary, indent=2))
 
     limits = {"histogram_score": config.hist_thresh, "shorter side": config.imgres_thresh, "mae_loss": 1.0}
     draw_histograms(values, limits, output / "histograms.png")
@@ -428,18 +322,15 @@ def mean(values: np.ndarray) -> float:
 
 def draw_histograms(values: dict[str, np.ndarray], limits: dict[str, float], path: Path) -> None:
     """One histogram for each score, with its threshold."""
-    import matplotlib
+    from pixio.images.figures import figure, open_axes
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(values), figsize=(4 * len(values), 3), layout="constrained")
-    for axis, (name, numbers) in zip(axes, values.items(), strict=True):
-        axis.hist(numbers, bins=60)
-        axis.axvline(limits[name], color="black", linestyle="--")
-        axis.set(xlabel=name, ylabel="images")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with figure(path, 4 * len(values), 3, dpi=120) as drawn:
+        axes = drawn.subplots(1, len(values))
+        open_axes(*axes)
+        for axis, (name, numbers) in zip(axes, values.items(), strict=True):
+            axis.hist(numbers, bins=60)
+            axis.axvline(limits[name], color="black", linestyle="--")
+            axis.set(xlabel=name, ylabel="images")
 
 
 def draw_sheet(images: Sequence[Scored], shards: Sequence[TarShard], path: Path) -> None:
@@ -457,12 +348,12 @@ def draw_sheet(images: Sequence[Scored], shards: Sequence[TarShard], path: Path)
                     f"{shards[tar].name} has no member {name!r}, but its statistics have: remove them, and "
                     "compute them again"
                 )
-            pixels = decode_crop(source.read(entry), side, whole)
+            pixels = decode_crop(source.read(entry), side, whole_box)
         sheet.paste(Image.fromarray(pixels.permute(1, 2, 0).numpy()), (x, y))
         words = [f"{record['histogram_score']:.1f}", f"{record['width']}x{record['height']}"]
         words += [f"{record['mae_loss']:.2f}"] if "mae_loss" in record else []
         pen.text((x + 2, y + side + 1), "  ".join(words), fill="black")
-    sheet.save(path)
+    write_atomic(path, lambda file: sheet.save(file, "PNG"))
 
 
 # ---------------------------------------------------------------------------------------------- the program

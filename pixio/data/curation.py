@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -19,8 +20,10 @@ from torch import Tensor
 
 from pixio.data.randomness import uniform
 from pixio.data.shards import TarShard, is_url
+from pixio.files import write_text
 from pixio.images.decoding import DamagedDataError
 
+SCORES = {"size": ("width", "height"), "entropy": ("histogram_score",), "loss": ("mae_loss",)}  # keys of each
 ENTROPY_SIZE = 256  # side in pixels to which the whole image is resized
 _LEVELS = 16  # per channel
 
@@ -60,6 +63,23 @@ def statistics_path(json_path: str, shard: TarShard) -> str | None:
     return os.path.join(json_path, folder, f"{stem}.json")
 
 
+def statistics_paths(shards: Sequence[TarShard], json_path: str) -> list[str]:
+    """Where the statistics of each tar belong.
+
+    Raises:
+        ValueError: two tars claim one file, or a URL names none.
+    """
+    owners: dict[str, str] = {}
+    for shard in shards:
+        path = statistics_path(json_path, shard)
+        if path is None:
+            raise ValueError(f"{shard.name} has no parent folder and name that could name its statistics")
+        if path in owners:
+            raise ValueError(f"{shard.name} and {owners[path]} would share {path}; rename a folder")
+        owners[path] = shard.name
+    return list(owners)
+
+
 def read_statistics(path: str | Path) -> dict[str, Any]:
     """The records of a tar by member name.
 
@@ -74,6 +94,25 @@ def read_statistics(path: str | Path) -> dict[str, Any]:
     if not isinstance(records, dict):
         raise DamagedDataError(f"{path} holds a JSON {type(records).__name__}, not an object of members")
     return records
+
+
+def known_records(path: str | Path) -> dict[str, dict[str, Any]]:
+    """The well-formed records of a tar by member name; none where there is no readable file."""
+    try:
+        return {name: record for name, record in read_statistics(path).items() if isinstance(record, dict)}
+    except (DamagedDataError, OSError):
+        return {}
+
+
+def write_statistics(path: str | Path, records: dict[str, dict[str, Any]]) -> None:
+    """Write a tar's records; scores that the file holds already and `records` lack are kept."""
+    known = known_records(path)
+    for name, record in records.items():
+        if "error" not in record:
+            record = known.get(name, {}) | record
+            records[name] = {key: record[key] for key in chain(*SCORES.values()) if key in record}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(records, allow_nan=False))
 
 
 def has_scores(record: Any, keys: Sequence[str]) -> bool:

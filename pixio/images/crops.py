@@ -36,7 +36,7 @@ def crop_box(
     """Draw the box of a random resized crop, distributed as torchvision's RandomResizedCrop (Inception's).
 
     Ten attempts at an area uniform in `scale` and an aspect ratio log-uniform in `ratio`; after that the
-    largest centred box whose aspect ratio is in range.
+    largest centered box whose aspect ratio is in range.
 
     Args:
         rng: source of randomness.
@@ -58,6 +58,11 @@ def crop_box(
     box_width = min(width, max(1, round(height * ratio[1])))
     box_height = min(height, max(1, round(width / ratio[0])))
     return (width - box_width) // 2, (height - box_height) // 2, box_width, box_height
+
+
+def whole_box(width: int, height: int) -> Box:
+    """The box of a whole image, for `decode_crop`."""
+    return 0, 0, width, height
 
 
 def decode_crop(data: bytes, size: int, choose: Callable[[int, int], Box], exact: bool = False) -> Tensor:
@@ -128,7 +133,7 @@ def _resize_box(image: Image.Image, box: Box, size: int, exact: bool) -> Tensor:
 
 
 def _resize(pixels: np.ndarray, size: int) -> Tensor:
-    """uint8 [H, W, 3] -> [3, S, S] with torch's vectorised kernel, channels last in memory all the way."""
+    """uint8 [H, W, 3] -> [3, S, S] with torch's vectorized kernel, channels last in memory all the way."""
     # the batch dimension comes first, or its stride would hide the memory format from the kernel
     image = torch.from_numpy(np.ascontiguousarray(pixels))[None].permute(0, 3, 1, 2)  # [1, 3, H, W]
     return F.interpolate(image, (size, size), mode="bicubic", antialias=True, align_corners=False)[0]

@@ -28,9 +28,9 @@ class DamagedDataError(ValueError):
 
 
 def decode(data: bytes, upright: bool = True) -> Image.Image:
-    """Decode a JPEG, PNG or WebP of any colour mode.
+    """Decode a JPEG, PNG or WebP of any color mode.
 
-    Greyscale, palette and CMYK become RGB, 16-bit grey keeps its upper byte, transparency is laid over
+    Grayscale, palette and CMYK become RGB, 16-bit gray keeps its upper byte, transparency is laid over
     white, animations give their first frame. The size is checked in the header, before any pixel is decoded.
 
     Args:
@@ -106,7 +106,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         image.load()
         return image
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
+    if image.mode.startswith("I"):  # 16-bit gray, which Pillow's own conversion would clip at 255
         return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Source: TypeAlias = "str | Path | bytes | Image.Image | np.ndarray"
 Fit = Literal["square", "resize", "pad"]
 FITS = get_args(Fit)
-_PADDING = (124, 116, 104)  # ImageNet's mean colour: nearly zero once normalized
+_PADDING = (124, 116, 104)  # ImageNet's mean color: nearly zero once normalized
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Transform:
         size: pixels, see `fit`; None = the image's own.
         fit: `square`: size x size pixels whatever the aspect ratio, as Pixio was evaluated; `resize`: the
             longer side becomes `size`, then each side the nearest multiple of the patch size; `pad`: the
-            longer side becomes `size`, then the mean colour is added on the right and below up to the next
+            longer side becomes `size`, then the mean color is added on the right and below up to the next
             multiples.
         patch_size: p.
 

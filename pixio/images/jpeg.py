@@ -32,7 +32,7 @@ class Frame(NamedTuple):
 
 
 def read_frame(data: bytes) -> Frame | None:
-    """Find the frame header of an 8-bit grey or colour JPEG; None for anything that is not plainly one."""
+    """Find the frame header of an 8-bit gray or color JPEG; None for anything that is not plainly one."""
     if data[:2] != b"\xff\xd8":
         return None
     at, exif = 2, None
