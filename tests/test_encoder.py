@@ -200,7 +200,13 @@ def test_sizes_the_patch_does_not_divide_are_refused_with_a_remedy(size):
         random_encoder()(torch.zeros(1, 3, *size))
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 64, 64), (3, 64, 64)])
+def test_one_image_is_a_batch_of_one():
+    encoder, image = random_encoder(), torch.randn(3, 64, 64)
+    one, batch = encoder.forward_features(image), encoder.forward_features(image[None])
+    assert all(torch.equal(one[name], batch[name]) for name in batch)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 64, 64), (4, 64, 64), (64, 64), (2, 1, 3, 64, 64)])
 def test_wrong_image_shape_is_refused(shape):
     with pytest.raises(ValueError, match=r"expected \[B, 3, H, W\]"):
         random_encoder()(torch.zeros(shape))

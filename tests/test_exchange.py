@@ -20,8 +20,6 @@ from transformers import AutoBackbone, AutoImageProcessor, AutoModel, PixioBackb
 
 import pixio
 from pixio import PixioViT
-from pixio.images.crops import load_image
-from pixio.images.normalization import normalize
 from pixio.models.registry import read_model
 from pixio.weights import key_mapping
 from pixio.weights.export import ONNX_OUTPUTS, convert, timm_arguments
@@ -153,7 +151,7 @@ def test_backbone_options_have_native_equivalents(model, folder, norm, reshape):
 
 def test_image_processor_prepares_images_as_we_do(folder, photo, tmp_path):
     photo.save(tmp_path / "photo.png")
-    ours = normalize(load_image(tmp_path / "photo.png", size=64))
+    ours = pixio.transform(64)(tmp_path / "photo.png")
     theirs = AutoImageProcessor.from_pretrained(folder)(images=photo, return_tensors="pt")["pixel_values"]
     assert (ours - theirs).abs().max() < 2.5 / 255 / 0.224  # both round to whole grey levels
 

@@ -1,8 +1,7 @@
-"""Images into the encoder and maps back to their pixels, and features of many images on disk."""
+"""Features of many images on disk."""
 
 import io
 import json
-import sys
 import tarfile
 import threading
 from dataclasses import replace
@@ -11,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
@@ -20,9 +18,7 @@ import pixio
 from pixio.engine.runtime import Runtime
 from pixio.features import extraction as features
 from pixio.features.extraction import Extractor, Recipe, find_images, write_file, write_folder
-from pixio.images.crops import load_image
 from pixio.images.inference import FITS, Transform
-from pixio.images.normalization import normalize
 
 CPU = Runtime(torch.device("cpu"))
 SIZES = [(40, 64), (64, 40), (40, 64), (30, 30), (64, 64)]  # height, width
@@ -63,98 +59,6 @@ def read(folder):
         with safe_open(path, "pt") as file:
             found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return found
-
-
-# ------------------------------------------------------------------------------------------------- inputs
-def test_a_square_is_what_the_released_models_were_evaluated_on(folder):
-    path = folder / "0.png"
-    torch.testing.assert_close(pixio.transform(48)(path), normalize(load_image(path, 48)))
-
-
-def test_file_bytes_image_and_array_are_the_same_input(folder):
-    path, prepare = folder / "0.png", pixio.transform(32)
-    expected = prepare(path)
-    for source in (str(path), path.read_bytes(), Image.open(path), np.asarray(Image.open(path))):
-        torch.testing.assert_close(prepare(source), expected, rtol=0, atol=0)
-
-
-def test_padding_keeps_the_pixels_and_adds_nearly_nothing_right_and_below():
-    pixels = photo(40, 50)
-    images, placement = Transform(None, "pad").placed(pixels)
-    assert images.shape == (1, 3, 48, 64)
-    kept = normalize(torch.from_numpy(pixels).permute(2, 0, 1))
-    torch.testing.assert_close(images[0, :, :40, :50], kept, rtol=0, atol=0)
-    images[:, :, :40, :50] = 0
-    assert images.abs().max() < 0.01
-    assert placement.shown == (40, 50)
-
-
-@given(SIDES, SIDES, st.sampled_from(FITS), st.sampled_from([None, 16, 50, 96]), st.sampled_from([8, 16]))
-def test_every_input_is_whole_patches_that_all_show_the_image(height, width, fit, size, patch):
-    if fit == "square":
-        size = 96
-    placement = Transform(size, fit, patch).placement(height, width)
-    for shown, padded in zip(placement.shown, placement.padded, strict=True):
-        assert padded % patch == 0
-        assert 0 <= padded - shown < patch
-        assert fit == "pad" or shown == padded
-    if size and fit == "pad":
-        assert max(placement.shown) == size
-
-
-@given(SIDES, SIDES, st.sampled_from(FITS), st.data())
-def test_a_point_lies_in_the_patch_whose_label_its_pixel_gets_back(height, width, fit, data):
-    placement = Transform(64, fit).placement(height, width)
-    rows, columns = (side // 16 for side in placement.padded)
-    labels = torch.arange(rows * columns).view(1, 1, rows, columns)
-    back = placement.to_original(labels, "nearest")
-    assert back.shape == (1, 1, height, width)
-    assert back.dtype == labels.dtype
-    x, y = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
-    row, column = placement.patch_at(x + 0.5, y + 0.5)
-    edges = [(x + 0.5) / width * placement.shown[1] / 16, (y + 0.5) / height * placement.shown[0] / 16]
-    if all(abs(edge - round(edge)) > 1e-4 for edge in edges):
-        assert back[0, 0, y, x] == row * columns + column
-
-
-@pytest.mark.parametrize("fit", FITS)
-def test_an_image_mapped_back_is_the_image(fit):
-    pixels = photo(90, 70)
-    prepared, placement = Transform(128, fit).pixels(pixels)
-    back = placement.to_original(prepared[None].float())[0].permute(1, 2, 0)
-    assert (back - torch.from_numpy(pixels).float()).abs().mean() < 2
-
-
-def test_a_map_can_be_had_at_another_size_of_the_original():
-    placement = Transform(None, "pad").placement(40, 50)
-    ramp = torch.arange(48.0)[None, None, :, None].expand(-1, -1, -1, 64)
-    halved = placement.to_original(ramp, size=(20, 25))
-    torch.testing.assert_close(halved[0, 0, :, 0], torch.arange(20) * 2 + 0.5)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: pixio.transform(100), "100 is not a multiple of the patch size 16: try 96"),
-        (lambda: pixio.transform(None), "needs a size"),
-        (lambda: pixio.transform(0, "pad"), "not a positive number"),
-        (lambda: pixio.transform(64, "stretch"), "choose one of square, resize, pad"),
-        (lambda: pixio.transform(64)(np.zeros((4, 4, 3))), "float64"),
-        (lambda: pixio.transform(64)(np.zeros((4, 4, 4), np.uint8)), r"\[4, 4, 4\]"),
-        (lambda: pixio.transform(64)(np.zeros((0, 4, 3), np.uint8)), "image of 0 x 4 pixels"),
-        (lambda: pixio.transform(64)(b"nothing"), "not a JPEG"),
-        (lambda: Transform(64).placement(10, 20).patch_at(20, 3), "x is below 20, y below 10"),
-    ],
-)
-def test_an_impossible_input_is_explained(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
-def test_without_pillow_the_remedy_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ImportError, match="pip install pillow"):
-        pixio.transform(64)("photo.png")
 
 
 # ------------------------------------------------------------------------------------------------ sources

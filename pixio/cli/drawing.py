@@ -17,7 +17,7 @@ from torch import Tensor
 from pixio.features.pca import pca_colors, similarity
 from pixio.files import write_atomic
 from pixio.images.figures import color_bar, figure, open_axes
-from pixio.images.inference import Placement, Source, Transform, read_image
+from pixio.images.inference import ImageSource, Placement, Transform, read_image
 from pixio.images.normalization import denormalize, normalize, to_tensor
 from pixio.models.encoder import PixioViT
 from pixio.models.mae import PixioMAE, patch_statistics, patchify, unpatchify
@@ -156,7 +156,7 @@ class Seen(NamedTuple):
 
 
 @torch.inference_mode()
-def look(encoder: PixioViT, image: Source, transform: Transform, block: int = -1) -> Seen:
+def look(encoder: PixioViT, image: ImageSource, transform: Transform, block: int = -1) -> Seen:
     """Encode one image; features are taken after a block and the final norm.
 
     Args:

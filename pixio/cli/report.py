@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pixio.cli import drawing
 from pixio.files import write_atomic
-from pixio.images.crops import load_image
+from pixio.images.inference import Transform
 from pixio.models.mae import PixioMAE
 from pixio.synthetic.scenes import render
 from pixio.weights import reading as weights
@@ -144,7 +144,8 @@ def _pixels(mae: PixioMAE, images: Sequence[str]) -> Tensor:
     """The images to reconstruct, uint8 [B, 3, S, S]."""
     size = mae.encoder.img_size[0]
     if images:
-        return torch.cat([load_image(image, size) for image in images])
+        transform = Transform(size, patch_size=mae.encoder.patch_size)
+        return torch.stack([transform.pixels(image)[0] for image in images])
     scenes = [render(_FIRST_SCENE + i, size).image for i in range(_SCENES)]
     return torch.stack([torch.from_numpy(scene).permute(2, 0, 1) for scene in scenes])  # [B, 3, S, S]
 

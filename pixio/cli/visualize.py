@@ -123,12 +123,13 @@ class Reconstruct:
 
         import pixio
         from pixio.cli import drawing
-        from pixio.images.crops import load_image
+        from pixio.images.inference import Transform
 
         grid = {"mask_grid": self.mask_grid} if self.mask_grid else {}
         mae = pixio.load_mae(self.checkpoint, **grid).eval()
         size = self.size or mae.encoder.img_size[0]
-        pixels = torch.cat([load_image(path, size) for path in self.images])
+        transform = Transform(size, patch_size=mae.encoder.patch_size)
+        pixels = torch.stack([transform.pixels(path)[0] for path in self.images])  # [B, 3, S, S]
         names = [Path(image).stem for image in self.images]
         if self.sweep:
             drawing.save_sweep(mae, pixels, self.output, self.seed, names)

@@ -5,7 +5,6 @@ Shapes: H rows, W columns, S side of a square crop.
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from pixio.images import jpeg
-from pixio.images.decoding import DamagedDataError, check_pixels, decode, orientation
+from pixio.images.decoding import check_pixels, decode, orientation
 from pixio.images.normalization import to_tensor
 
 Box = tuple[int, int, int, int]  # left, top, width, height, in pixels
@@ -162,24 +161,3 @@ def resize_center_crop(image: Image.Image, resize: int, crop: int) -> Tensor:
     left, top = round((width - crop) / 2), round((height - crop) / 2)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     return to_tensor(resized.crop((left, top, left + crop, top + crop)))
-
-
-def load_image(path: str | Path, size: int) -> Tensor:
-    """Read an image file and resize all of it to a square, bicubic and antialiased: for inference.
-
-    Args:
-        path: image file.
-        size: side S of the result in pixels.
-
-    Returns:
-        uint8 [1, 3, S, S].
-
-    Raises:
-        FileNotFoundError: no such file.
-        DamagedDataError: it cannot be read; the message names it.
-    """
-    try:
-        image = decode(Path(path).read_bytes())
-    except DamagedDataError as error:
-        raise DamagedDataError(f"{path}: {error}") from error
-    return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC))[None]

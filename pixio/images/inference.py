@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-Source: TypeAlias = "str | Path | bytes | Image.Image | np.ndarray"
+ImageSource: TypeAlias = "str | Path | bytes | Image.Image | np.ndarray"
 Fit = Literal["square", "resize", "pad"]
 FITS = get_args(Fit)
 _PADDING = (124, 116, 104)  # ImageNet's mean color: nearly zero once normalized
@@ -83,7 +83,9 @@ class Placement:
 
 @dataclass(frozen=True)
 class Transform:
-    """Prepares one image for inference; call it, or `placed` to map results back to the image's pixels.
+    """Prepares an image for inference, or each image of a data set: unbatched, as torchvision's transforms.
+
+    Call it, or `placed` to map results back to the image's pixels; the encoder takes one image as it is.
 
     Files are turned upright as their EXIF says; PIL images and arrays are taken as they are.
 
@@ -116,14 +118,14 @@ class Transform:
                 f"size {self.size} is not a multiple of the patch size {self.patch_size}: try {near}"
             )
 
-    def __call__(self, image: Source) -> Tensor:
+    def __call__(self, image: ImageSource) -> Tensor:
         """Prepare an image.
 
         Args:
             image: file (JPEG, PNG, WebP) or its bytes, PIL image, or uint8 array [H, W, 3] or [H, W].
 
         Returns:
-            float32 [1, 3, height, width], RGB normalized with the ImageNet statistics.
+            float32 [3, height, width], RGB normalized with the ImageNet statistics.
 
         Raises:
             FileNotFoundError: no such file.
@@ -132,13 +134,12 @@ class Transform:
         """
         return self.placed(image)[0]
 
-    def placed(self, image: Source) -> tuple[Tensor, Placement]:
+    def placed(self, image: ImageSource) -> tuple[Tensor, Placement]:
         """As the call itself, and where the image lies in what it returns."""
         pixels, placement = self.pixels(image)
+        return normalize(pixels), placement  # [3, height, width]
 
-        return normalize(pixels)[None], placement  # [1, 3, height, width]
-
-    def pixels(self, image: Source) -> tuple[Tensor, Placement]:
+    def pixels(self, image: ImageSource) -> tuple[Tensor, Placement]:
         """As `placed`, before the normalization: uint8 [3, height, width]."""
         image = read_image(image)
         placement = self.placement(image.height, image.width)
@@ -179,8 +180,8 @@ def transform(size: int | None = 256, fit: Fit = "square", patch_size: int = 16)
     return Transform(size, fit, patch_size)
 
 
-def read_image(image: Source) -> "Image.Image":
-    """An image of any `Source` as RGB; see `Transform.__call__`."""
+def read_image(image: ImageSource) -> "Image.Image":
+    """An image of any `ImageSource` as RGB; see `Transform.__call__`."""
     try:
         import numpy as np
         from PIL import Image

@@ -90,7 +90,8 @@ class PixioViT(nn.Module):
 
         Args:
             images: float [B, in_chans, H, W], RGB normalized with the ImageNet mean and standard deviation
-                (`pixio.images.decoding`), H and W multiples of `patch_size`, rectangles allowed.
+                (`pixio.transform`), H and W multiples of `patch_size`, rectangles allowed; or one image
+                [in_chans, H, W], a batch of one.
             block_ids: 0-based blocks, negative ones counted from the end; None means all.
             keep: int64 [B, V], patches to see, for masked training; None means all, V = N.
 
@@ -185,6 +186,7 @@ class PixioViT(nn.Module):
         }
 
     def _embed(self, images: Tensor, keep: Tensor | None) -> Tensor:
+        images = images[None] if images.ndim == 3 else images
         if images.ndim != 4 or images.shape[1] != self.in_chans:
             raise ValueError(f"images of shape {list(images.shape)}: expected [B, {self.in_chans}, H, W]")
         grid = self.grid_of(*images.shape[-2:])

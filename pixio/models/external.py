@@ -135,6 +135,7 @@ class _Adaptor(nn.Module):
     def forward(self, images: Tensor, block_ids: Sequence[int] | None = None) -> list[dict[str, Tensor]]:
         """Features after the blocks asked for, as `PixioViT.forward` gives them: tokens [B, N or C, D]."""
         wanted = self.resolve_blocks(block_ids)
+        images = images[None] if images.ndim == 3 else images
         if images.ndim != 4 or images.shape[1] != self.in_chans:
             raise ValueError(f"images of shape {list(images.shape)}: expected [B, {self.in_chans}, H, W]")
         self.grid_of(*images.shape[-2:])
