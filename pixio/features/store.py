@@ -1,0 +1,350 @@
+"""Features on disk: folders that are written part by part, in any number of runs and ranks, or one file.
+
+A part is complete once its own index, `part_000000.jsonl`, is there; `settings.json` says what all parts were
+made of. A part holds its images' arrays in one of three layouts:
+
+    safetensors  `part_000000.safetensors` with an array under each `NAME/ARRAY`
+    npy          `part_000000.ARRAY.npy`, which has the readable images of the part as its first axis
+    stacked      `part_000000.safetensors` with the same under each `ARRAY`, which `StoredArray` maps
+"""
+
+import bisect
+import hashlib
+import itertools
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pixio.data.shards import FOLDER_CHUNK, FolderShard, Shard
+from pixio.engine.runtime import GIB, Runtime
+from pixio.features.extraction import Arrays, FeatureExtractor, ImageRecord, ShardRange, index_shards
+from pixio.files import read_json, write_atomic, write_json, write_text
+
+FORMATS = ("safetensors", "npy")  # layouts of `write_folder`
+INDEX, SETTINGS = "index.jsonl", "settings.json"
+
+
+class Summary(NamedTuple):
+    """Images whose features were computed now and earlier, and messages about those that cannot be read."""
+
+    computed: int
+    earlier: int
+    errors: list[str]
+
+
+def write_file(path: Path, extractor: FeatureExtractor, shards: Sequence[Shard]) -> Summary:
+    """Write the features of a few images into one file, as `NAME/ARRAY`.
+
+    Args:
+        path: ends in .npz or .safetensors.
+        extractor: how they are computed.
+        shards: the images.
+
+    Raises:
+        ValueError: an image that cannot be read; two of one name (in a tar); see also `FeatureExtractor.run`.
+    """
+    parts, features = index_shards(shards, FOLDER_CHUNK).parts, {}
+    with _progress(parts) as bar:
+        for images, arrays in extractor.run(shards, parts):
+            _refuse_unreadable(images)
+            _add_named(features, images, arrays)
+            bar.update(len(images))
+    if path.suffix == ".npz":
+        content = {name: array.numpy() for name, array in features.items()}
+        write_atomic(path, lambda file: np.savez(file, **content))
+    else:
+        _write_safetensors(path, features)
+    return Summary(_count(parts), 0, [])
+
+
+def write_folder(
+    folder: Path,
+    extractor: FeatureExtractor,
+    shards: Sequence[Shard],
+    format: str = "safetensors",
+    per_file: int = FOLDER_CHUNK,
+) -> Summary:
+    """Collective: write the arrays of `TokenFeatures` into a folder; what earlier runs completed is kept.
+
+    A line of `index.jsonl` is an object with `image`, and either `part`, `row` (within the part) and `size`
+    ([height, width] in pixels), or `error`.
+
+    Args:
+        folder: made when missing.
+        extractor: how they are computed.
+        shards: the images.
+        format: one of `FORMATS`; `npy` needs maps of one size.
+        per_file: images of a part, at most; see also `find_images`.
+
+    Raises:
+        ValueError: the folder holds features of other images or settings; two images of one name
+            in one file of safetensors; see also `FeatureExtractor.run`.
+    """
+    spec = extractor.spec
+    if format not in FORMATS:
+        raise ValueError(f"unknown format '{format}': choose one of {', '.join(FORMATS)}")
+    if format == "npy" and spec.transform.fit != "square" and "patch_tokens" in spec.arrays:
+        raise ValueError("npy holds maps of one size: choose fit square, the format safetensors, or no maps")
+    if per_file < 1:
+        raise ValueError(f"per_file must be positive, found {per_file}")
+    parts, weights = index_shards(shards, per_file).parts, hashlib.sha256()
+    for tensor in extractor.encoder.state_dict().values():
+        weights.update(tensor.cpu().contiguous().numpy())
+    names = [shard.files if isinstance(shard, FolderShard) else shard.name for shard in shards]
+    # As the first version wrote them: folders of that time are completed, too.
+    images = f"({names!r}, {repr(parts).replace('ShardRange', 'Part')})"
+    settings = {
+        "weights": weights.hexdigest(),
+        "images": hashlib.sha256(images.encode(errors="surrogateescape")).hexdigest(),
+        "arrays": list(spec.arrays),
+        "block_ids": spec.block_ids and list(spec.block_ids),
+        "norm": spec.norm,
+        "half": spec.half,
+        "size": spec.transform.size,
+        "fit": spec.transform.fit,
+        "dtype": str(extractor.runtime.dtype).removeprefix("torch."),
+        "format": format,
+    }
+    return FeatureStore(folder, shards, parts, settings, format).fill(extractor)
+
+
+class FeatureStore:
+    """A folder of features of the images of some shards.
+
+    Args:
+        folder: made when missing, on a disk that all ranks see.
+        shards: the images.
+        parts: of the shards, from `index_shards`.
+        settings: what the features are made of, for JSON; a folder with others is refused.
+        layout: "safetensors", "npy" or "stacked".
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        shards: Sequence[Shard],
+        parts: Sequence[ShardRange],
+        settings: dict[str, Any],
+        layout: str = "stacked",
+    ):
+        self.folder, self.shards, self.parts = folder, shards, parts
+        self.settings, self.layout = settings, layout
+
+    def fill(self, extractor: FeatureExtractor, strict: bool = False) -> Summary:
+        """Collective: compute the parts that are missing, shared out among the ranks.
+
+        After each round of parts the ranks meet: what fails on one ends all of them with its message.
+
+        Args:
+            extractor: how they are computed.
+            strict: refuse images that cannot be read instead of leaving them out.
+
+        Returns:
+            What was done, on every rank.
+
+        Raises:
+            ValueError: the folder was filled with other settings, an unreadable image (if `strict`), features
+                that are not finite, two images of one name, or a disk too small.
+        """
+        runtime, missing, failure = extractor.runtime, [], None
+        if runtime.is_main:
+            try:
+                self._prepare()
+                missing = [number for number in range(len(self.parts)) if not self._is_complete(number)]
+            except (ValueError, OSError) as error:
+                failure = error
+        _end_together(runtime, failure)
+        missing = runtime.gather(missing)[0]
+        ours = missing[runtime.rank :: runtime.world_size]
+        with _progress([self.parts[number] for number in ours], runtime.is_main) as bar:
+            computed = extractor.run(self.shards, [self.parts[number] for number in ours])
+            for done in range(-(-len(missing) // runtime.world_size)):
+                try:
+                    if done < len(ours):
+                        images, arrays = next(computed)
+                        if strict:
+                            _refuse_unreadable(images)
+                        if done == 0 and self.layout != "safetensors":
+                            self._check_space(arrays, _count([self.parts[number] for number in missing]))
+                        self._write(ours[done], images, arrays)
+                        bar.update(len(images))
+                except (ValueError, OSError) as error:
+                    failure = error
+                _end_together(runtime, failure)
+        errors = runtime.gather(self._write_index(bool(missing)) if runtime.is_main else None)[0]
+        n_computed = _count([self.parts[number] for number in missing])
+        return Summary(n_computed, _count(self.parts) - n_computed, errors)
+
+    def array(self, name: str) -> "StoredArray":
+        """One array of a filled store with stacked layout."""
+        return StoredArray([self._path(number, "safetensors") for number in range(len(self.parts))], name)
+
+    def _prepare(self) -> None:
+        """Compare what the folder was made with, or note it there."""
+        path = self.folder / SETTINGS
+        found = read_json(path) if path.exists() else self.settings
+        if different := [name for name in self.settings if self.settings[name] != found.get(name)]:
+            raise ValueError(
+                f"{self.folder} holds features with other {', '.join(different)}: "
+                "choose another folder, or remove this one"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(".part_*.tmp"):  # of a process killed while writing
+            leftover.unlink()
+        write_json(path, self.settings)
+
+    def _is_complete(self, number: int) -> bool:
+        data = self._path(number, "safetensors")
+        return self._path(number, "jsonl").exists() and (self.layout == "npy" or data.exists())
+
+    def _check_space(self, arrays: dict[int, Arrays], n_images: int) -> None:
+        """Refuse a disk without space for `n_images` such as those of `arrays`, which have one size."""
+        per_image = sum(array.nbytes for array in next(iter(arrays.values()), {}).values())
+        needed, free = n_images * per_image, shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise ValueError(f"{self.folder}: {needed / GIB:.1f} GiB needed, {free / GIB:.1f} GiB free")
+
+    def _write(self, number: int, images: list[ImageRecord], arrays: dict[int, Arrays]) -> None:
+        """Write the arrays of a part, and then the index that says that it is complete."""
+        if self.layout == "safetensors":
+            features: Arrays = {}
+            _add_named(features, images, arrays)
+        else:
+            names = next(iter(arrays.values()), {})
+            features = {name: torch.stack([found[name] for found in arrays.values()]) for name in names}
+        if self.layout == "npy":
+            for name, array in features.items():
+                path = self._path(number, f"{name}.npy")
+                write_atomic(path, lambda file, array=array: np.save(file, array.numpy()))
+        else:
+            _write_safetensors(self._path(number, "safetensors"), features)
+        rows = {place: row for row, place in enumerate(arrays)}
+        lines = [
+            {"image": image.name, "error": image.error}
+            if image.error
+            else {"image": image.name, "part": number, "row": rows[place], "size": image.size}
+            for place, image in enumerate(images)
+        ]
+        write_text(self._path(number, "jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
+
+    def _write_index(self, changed: bool) -> list[str]:
+        """Join the indices of all parts; returns a line on each image that cannot be read."""
+        index = self.folder / INDEX
+        if changed or not index.exists():
+            texts = [self._path(number, "jsonl").read_text() for number in range(len(self.parts))]
+            write_text(index, "".join(texts))
+        with open(index, encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines if '"error"' in line]
+        return [f"{row['image']}: {row['error']}" for row in rows if "error" in row]
+
+    def _path(self, number: int, suffix: str) -> Path:
+        return self.folder / f"part_{number:06d}.{suffix}"
+
+
+class StoredArray:
+    """One array over all images of a store, mapped from the disk: `array[rows]` reads what it returns.
+
+    Args:
+        paths: files of a stacked layout, in order.
+        name: of the array in them.
+
+    Raises:
+        ValueError: a damaged file; the message names it.
+    """
+
+    def __init__(self, paths: Sequence[Path], name: str):
+        from safetensors import SafetensorError, safe_open
+
+        self._parts: list[Tensor] = []  # [images of the part, …] each
+        for path in paths:
+            try:
+                with safe_open(path, "pt") as file:
+                    if name in file.keys():  # noqa: SIM118; not there where no image could be read
+                        self._parts.append(file.get_tensor(name))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(
+                    f"{path} is damaged ({error}): delete it, and it is computed again"
+                ) from error
+        self._starts = [0, *itertools.accumulate(map(len, self._parts))]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(images, …)."""
+        return (len(self), *self._parts[0].shape[1:])
+
+    def __getitem__(self, rows: slice | Sequence[int]) -> Tensor:
+        """The rows of a slice without a step, or those with some numbers."""
+        if not isinstance(rows, slice):
+            parts = [bisect.bisect_right(self._starts, row) - 1 for row in rows]
+            found = [self._parts[part][row - self._starts[part]] for part, row in zip(parts, rows, strict=True)]
+            return torch.stack(found)
+        start, stop, _ = rows.indices(len(self))
+        first, last = bisect.bisect_right(self._starts, start) - 1, bisect.bisect_left(self._starts, stop)
+        pieces = zip(self._parts[first:last], self._starts[first:last], strict=True)
+        return torch.cat([part[max(start - begin, 0) : stop - begin] for part, begin in pieces])
+
+
+def _end_together(runtime: Runtime, failure: Exception | None) -> None:
+    """Collective: raise what failed here, or else what failed on another rank."""
+    failures = runtime.gather(None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    if messages := [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text is not None]:
+        raise ValueError(messages[0])
+
+
+def _refuse_unreadable(images: Sequence[ImageRecord]) -> None:
+    for image in images:
+        if image.error:
+            raise ValueError(f"{image.name} cannot be read ({image.error}): replace or remove it")
+
+
+def _add_named(features: Arrays, images: Sequence[ImageRecord], arrays: dict[int, Arrays]) -> None:
+    """Add to `features`, as `NAME/ARRAY`, the arrays of a part's images by their place in it.
+
+    Raises:
+        ValueError: two images of one name, of which one would be lost.
+    """
+    for place, found in arrays.items():
+        for name, array in found.items():
+            key = f"{images[place].name}/{name}"
+            if key in features:
+                raise ValueError(
+                    f"two images are called {images[place].name}: rename one, or use a folder and npy"
+                )
+            features[key] = array
+
+
+def _write_safetensors(path: Path, features: Arrays) -> None:
+    from safetensors.torch import save
+
+    content = save({name: array.contiguous() for name, array in features.items()})
+    write_atomic(path, lambda file: file.write(content))
+
+
+def _count(parts: Sequence[ShardRange]) -> int:
+    """Images of some parts."""
+    return sum(part.stop - part.start for part in parts)
+
+
+def _progress(parts: Sequence[ShardRange], shown: bool = True) -> tqdm:
+    """A bar with images per second, on a terminal; a line now and then elsewhere."""
+    return tqdm(
+        desc="features",
+        total=_count(parts),
+        unit="image",
+        delay=1.0,  # seconds: what fails at once leaves only its message
+        mininterval=0.1 if sys.stderr.isatty() else 30,
+        disable=not (shown and parts),
+    )
