@@ -134,7 +134,8 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
     # ---- data, and what the teacher says about it
     stream, grid = open_stream(**config.stream_options()), learners[0].lesson.grid
     if config.feature_cache:
-        cache = open_cache(Path(config.feature_cache), stream, teacher, grid, runtime)
+        folder = Path(config.feature_cache)
+        cache = open_cache(folder, stream, teacher, grid, runtime, config.num_workers)
         loader = CachedBatches(cache, stream, runtime.rank, runtime.world_size, seen=images)
     else:
         position = state["data"] if state else None

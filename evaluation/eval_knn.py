@@ -9,22 +9,21 @@ are already there are used again. `results.json`, `features/` and, with `--per_b
 `--output_dir`.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import torch
-from feature_bank import Extractor, Features, list_split
-from torch import Tensor
-from tqdm import tqdm
+from feature_bank import PooledFeatures, list_classes, open_bank
+from torch import nn
 
 from pixio.engine.config import option, parse
 from pixio.engine.runtime import Runtime, start_runtime
-from pixio.features.knn import QUERIES, Nearest, block_sizes, count_correct
-from pixio.files import write_atomic
+from pixio.features.extraction import FeatureExtractor
+from pixio.features.knn import KNNClassifier
+from pixio.files import write_json
 from pixio.models.external import depth_of, fingerprint, load_encoder
 
 PROGRAM = "eval_knn.py"
@@ -43,7 +42,7 @@ class KnnConfig:
     pool: Literal["cls", "first", "patch"] = option(
         "cls", "mean of the class (and register) tokens, the first of them alone, or mean of the patch tokens"
     )
-    per_block: bool = option(False, "also the figures of every block, with a plot; needs space for all")
+    per_block: bool = option(False, "also the metrics of every block, with a plot; needs space for all")
     # data
     data_path: str = option(
         "data/imagenet", "folder with train/CLASS/* and val/CLASS/*", aliases=("data_root",)
@@ -56,9 +55,9 @@ class KnnConfig:
     batch_size_per_gpu: int = option(128, "images at once in each rank; more than 512 change nothing")
     # search
     nb_knn: tuple[int, ...] = option(
-        (10, 20, 100, 200), "numbers of neighbours; the first is the reported one"
+        (10, 20, 100, 200), "numbers of neighbors; the first is the reported one"
     )
-    temperature: float = option(0.07, "a neighbour's vote weighs exp(similarity / temperature)")
+    temperature: float = option(0.07, "a neighbor's vote weighs exp(similarity / temperature)")
     memory_gb: float = option(4.0, "memory of the search in each rank, GiB")
     # run
     output_dir: str | None = option(None, "what the run writes; by default a folder named after it in runs/")
@@ -81,28 +80,47 @@ def evaluate(config: KnnConfig, runtime: Runtime) -> dict[str, Any]:
         What `results.json` holds.
     """
     began = time.monotonic()
-    train = list_split(Path(config.data_path) / "train")
-    val = list_split(Path(config.data_path) / "val", train.classes)
+    train = list_classes(Path(config.data_path) / "train")
+    val = list_classes(Path(config.data_path) / "val", train.classes)
     ks = sorted({min(k, len(train)) for k in config.nb_knn})
     if runtime.is_main and max(config.nb_knn) > len(train):
-        print(f"{len(train)} training images: {len(train)} neighbours instead of up to {max(config.nb_knn)}")
+        print(f"{len(train)} training images: {len(train)} neighbors instead of up to {max(config.nb_knn)}")
     if runtime.is_main and len(train.classes) <= 5:
         print(f"{len(train.classes)} classes: top-5 counts every class that has a vote")
 
     # ---- features
-    extractor, sha256 = make_extractor(config, runtime)
+    torch.manual_seed(0)  # all ranks alike, of an encoder without weights
+    encoder = load_encoder(config.model, config.pretrained_ckp)
+    spec = choose_features(config, encoder)
+    sha256 = runtime.gather(fingerprint(encoder) if runtime.is_main else None)[0]
     output = Path(config.output_dir or f"runs/knn_{Path(config.model).name}_{sha256[:8]}")
-    bank, queries = (extractor.run(split, output / "features") for split in (train, val))
+    extractor = FeatureExtractor(
+        encoder.to(runtime.device), spec, runtime, config.batch_size_per_gpu, config.num_workers
+    )
+    bank, queries = (
+        open_bank(split, output / "features", extractor, f"{config.model} {sha256}") for split in (train, val)
+    )
     extracted = time.monotonic()
 
     # ---- search
+    knn = KNNClassifier(
+        ks[-1],
+        config.temperature,
+        normalize=False,  # they are; once more would round otherwise
+        memory_gb=config.memory_gb,
+        device=runtime.device,
+        progress=runtime.is_main,
+    )
     rows = []
-    for number, block in enumerate(extractor.block_ids):
-        counts = classify(config, runtime, bank, queries, number, ks)
+    for block in spec.block_ids:
+        knn.fit(bank.array(f"block_{block}"), train.labels, len(train.classes))
+        counts = knn.count_correct(
+            queries.array(f"block_{block}"), val.labels, ks, runtime.rank, runtime.world_size
+        )
         counts = torch.stack(runtime.gather(counts)).sum(0)  # [len(ks), 2]
         shares = (100 * counts.double() / len(val)).tolist()
-        figures = {str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in zip(ks, shares, strict=True)}
-        rows.append({"block": block, "k": figures})
+        metrics = {str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in zip(ks, shares, strict=True)}
+        rows.append({"block": block, "k": metrics})
 
     # ---- results
     results = {
@@ -114,7 +132,7 @@ def evaluate(config: KnnConfig, runtime: Runtime) -> dict[str, Any]:
         "k": rows[-1]["k"],
         "blocks": rows,
         "counts": {"train": len(train), "val": len(val), "classes": len(train.classes)},
-        "input": {"resize": config.input_size, "crop": extractor.crop},
+        "input": {"resize": spec.resize, "crop": spec.crop},
         "seconds": {"features": extracted - began, "search": time.monotonic() - extracted},
         "ranks": runtime.world_size,
         "device": runtime.device.type,
@@ -125,14 +143,12 @@ def evaluate(config: KnnConfig, runtime: Runtime) -> dict[str, Any]:
     return results
 
 
-def make_extractor(config: KnnConfig, runtime: Runtime) -> tuple[Extractor, str]:
-    """Collective: the encoder, ready to extract features, and the SHA-256 of its weights.
+def choose_features(config: KnnConfig, encoder: nn.Module) -> PooledFeatures:
+    """What is computed from each image.
 
     Raises:
-        ValueError, OSError, ImportError: a mistake in settings or files; the message names it.
+        ValueError: the encoder has no class tokens, or patches larger than the image.
     """
-    torch.manual_seed(0)  # all ranks alike, of an encoder without weights
-    encoder = load_encoder(config.model, config.pretrained_ckp)
     if config.pool != "patch" and encoder.n_cls_tokens == 0:
         raise ValueError(f"{config.model} has no class tokens: use --pool patch")
     crop = config.input_size // encoder.patch_size * encoder.patch_size
@@ -140,80 +156,38 @@ def make_extractor(config: KnnConfig, runtime: Runtime) -> tuple[Extractor, str]
         raise ValueError(
             f"--input_size {config.input_size} is below the patch size, {encoder.patch_size} pixels"
         )
-    sha256 = runtime.gather(fingerprint(encoder) if runtime.is_main else None)[0]
-    extractor = Extractor(
-        encoder.to(runtime.device),
-        f"{config.model} {sha256}",
-        runtime,
-        tuple(range(depth_of(encoder))) if config.per_block else (depth_of(encoder) - 1,),
-        config.pool,
-        config.input_size,
-        crop,
-        config.batch_size_per_gpu,
-        config.num_workers,
-    )
-    return extractor, sha256
-
-
-def classify(
-    config: KnnConfig, runtime: Runtime, bank: Features, queries: Features, block: int, ks: list[int]
-) -> Tensor:
-    """Correctly classified among this rank's share of the queries: int64 [len(ks), 2] for top-1 and top-5.
-
-    Queries are dealt by QUERIES at a time, and the bank is read from disk block by block: products have the
-    same shapes, and so the same results, on any number of ranks.
-    """
-    size, at_once = block_sizes(bank.width, ks[-1], config.memory_gb, runtime.device)
-    spans = [(i, min(i + QUERIES, len(queries.split))) for i in range(0, len(queries.split), QUERIES)]
-    spans = spans[runtime.rank :: runtime.world_size]
-    counts = torch.zeros(len(ks), 2, dtype=torch.int64)
-    while spans:
-        held, spans = spans[: at_once // QUERIES], spans[at_once // QUERIES :]
-        vectors = torch.cat([queries.read(block, *span) for span in held])
-        search = Nearest(vectors.to(runtime.device).float(), ks[-1])
-        n_bank = len(bank.split)
-        hidden = None if runtime.is_main else True  # None: where nobody watches
-        for start in tqdm(range(0, n_bank, size), "search", leave=False, disable=hidden):
-            vectors = bank.read(block, start, min(start + size, n_bank))
-            search.add(vectors.to(runtime.device).float(), start)
-        similarities, indices = (found.cpu() for found in search.result())
-        labels = bank.split.labels[indices]  # [Q, K]
-        targets = torch.cat([queries.split.labels[first:last] for first, last in held])
-        for part in zip(*(each.split(QUERIES) for each in (similarities, labels, targets)), strict=True):
-            counts += count_correct(*part, ks, config.temperature, len(bank.split.classes))
-    return counts
+    depth = depth_of(encoder)
+    block_ids = tuple(range(depth)) if config.per_block else (depth - 1,)
+    return PooledFeatures(config.input_size, crop, config.pool, block_ids)
 
 
 def publish(results: dict[str, Any], output: Path) -> None:
     """Write `results.json`, the plot of the blocks if asked for, and a line for each block; rank 0 alone."""
-    text = json.dumps(results, indent=2, allow_nan=False) + "\n"
-    write_atomic(output / "results.json", lambda file: file.write(text.encode()))
+    write_json(output / "results.json", results)
     rows = results["blocks"]
     if results["config"]["per_block"]:
-        write_atomic(output / "blocks.png", lambda file: draw_blocks(file, rows, results["reported_k"]))
+        draw_blocks(output / "blocks.png", rows, results["reported_k"])
     for row in rows:
-        figures = ", ".join(f"k={k} {v['top1']:.2f}/{v['top5']:.2f}" for k, v in row["k"].items())
-        print(f"{output}: block {row['block']}: top-1/top-5 {figures}", flush=True)
+        metrics = ", ".join(f"k={k} {v['top1']:.2f}/{v['top5']:.2f}" for k, v in row["k"].items())
+        print(f"{output}: block {row['block']}: top-1/top-5 {metrics}", flush=True)
 
 
-def draw_blocks(file: BinaryIO, rows: list[dict[str, Any]], reported_k: int) -> None:
-    """Top-1 over the blocks as a PNG: a line for each k, and a mark at the best block of the reported one."""
-    from matplotlib.figure import Figure
+def draw_blocks(path: Path, rows: list[dict[str, Any]], reported_k: int) -> None:
+    """Top-1 over the blocks: a line for each k, and a mark at the best block of the reported one."""
+    from pixio.images.figures import figure, open_axes
 
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for k in rows[0]["k"]:
-        axes.plot(
-            [row["block"] for row in rows], [row["k"][k]["top1"] for row in rows], ".-", label=f"k = {k}"
-        )
-    best = max(rows, key=lambda row: row["k"][str(reported_k)]["top1"])
-    axes.axvline(best["block"], color="0.7", linewidth=1, zorder=0)
-    title = f"k = {reported_k}: block {best['block']} is best, {best['k'][str(reported_k)]['top1']:.1f} %"
-    axes.set(xlabel="block (0 = first)", ylabel="k-NN top-1, %", title=title)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(file, format="png", dpi=150)
+    with figure(path, 6, 3.6) as drawn:
+        axes = drawn.subplots()
+        for k in rows[0]["k"]:
+            axes.plot(
+                [row["block"] for row in rows], [row["k"][k]["top1"] for row in rows], ".-", label=f"k = {k}"
+            )
+        best = max(rows, key=lambda row: row["k"][str(reported_k)]["top1"])
+        axes.axvline(best["block"], color="0.7", linewidth=1, zorder=0)
+        title = f"k = {reported_k}: block {best['block']} is best, {best['k'][str(reported_k)]['top1']:.1f} %"
+        axes.set(xlabel="block (0 = first)", ylabel="k-NN top-1, %", title=title)
+        open_axes(axes)
+        axes.legend()
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -16,8 +16,16 @@ from safetensors import safe_open
 
 import pixio
 from pixio.engine.runtime import Runtime
-from pixio.features import extraction as features
-from pixio.features.extraction import Extractor, Recipe, find_images, write_file, write_folder
+from pixio.features import (
+    FeatureExtractor,
+    FeatureStore,
+    TokenFeatures,
+    find_images,
+    write_file,
+    write_folder,
+)
+from pixio.features.extraction import ARRAYS
+from pixio.features.store import FORMATS
 from pixio.images.inference import FITS, Transform
 
 CPU = Runtime(torch.device("cpu"))
@@ -49,7 +57,8 @@ def encoder():
 
 
 def extractor(encoder, runtime=CPU, batch_size=2, workers=0, size=32, fit="square", **options):
-    return Extractor(encoder, Recipe(Transform(size, fit), **options), runtime, batch_size, workers)
+    spec = TokenFeatures(Transform(size, fit), **options)
+    return FeatureExtractor(encoder, spec, runtime, batch_size, workers)
 
 
 def read(folder):
@@ -97,7 +106,7 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
 # ----------------------------------------------------------------------------------------------- features
 @pytest.mark.parametrize("fit", FITS)
 def test_stored_features_are_those_of_the_model_image_by_image(fit, folder, encoder, tmp_path):
-    every = {"arrays": features.ARRAYS}
+    every = {"arrays": ARRAYS}
     done = write_folder(tmp_path / "out", extractor(encoder, fit=fit, **every), find_images([str(folder)]))
     assert done == (len(SIZES), 0, [])
     stored = read(tmp_path / "out")
@@ -129,13 +138,13 @@ def test_chosen_blocks_are_the_first_axis_before_the_norm_if_asked(folder, encod
 
 def test_npy_and_its_index_hold_what_safetensors_hold(folder, encoder, tmp_path):
     shards = find_images([str(folder)])
-    for format in features.FORMATS:
+    for format in FORMATS:
         write_folder(tmp_path / format, extractor(encoder, half=True), shards, format, per_file=2)
     stored = read(tmp_path / "safetensors")
     lines = [json.loads(line) for line in (tmp_path / "npy/index.jsonl").read_text().splitlines()]
     assert len(lines) == len(SIZES)
     for line in lines:
-        for name in Recipe.arrays:
+        for name in TokenFeatures.arrays:
             array = np.load(tmp_path / "npy" / f"part_{line['part']:06d}.{name}.npy", mmap_mode="r")
             assert array.dtype == np.float16
             np.testing.assert_array_equal(array[line["row"]], stored[f"{line['image']}/{name}"])
@@ -174,20 +183,20 @@ def test_two_members_of_a_tar_with_one_name_are_refused_where_one_would_be_lost(
 def test_a_stopped_run_goes_on_with_the_parts_it_lacks(folder, encoder, tmp_path, monkeypatch):
     shards, run = find_images([str(folder)]), extractor(encoder)
     write_folder(tmp_path / "whole", run, shards, per_file=2)
-    write_part, asked = features._write_part, []
+    write_part, asked = FeatureStore._write, []
 
-    def stop_at_second(folder, number, images, arrays, format):
+    def stop_at_second(self, number, images, arrays):
         if number == 1:
-            (folder / ".part_000001.safetensors.99.tmp").write_bytes(b"half")
+            (self.folder / ".part_000001.safetensors.99.tmp").write_bytes(b"half")
             raise KeyboardInterrupt
-        write_part(folder, number, images, arrays, format)
+        write_part(self, number, images, arrays)
 
-    monkeypatch.setattr(features, "_write_part", stop_at_second)
+    monkeypatch.setattr(FeatureStore, "_write", stop_at_second)
     with pytest.raises(KeyboardInterrupt):
         write_folder(tmp_path / "stopped", run, shards, per_file=2)
     assert not (tmp_path / "stopped/index.jsonl").exists()
     monkeypatch.setattr(
-        features, "_write_part", lambda *arguments: (asked.append(arguments[1]), write_part(*arguments))
+        FeatureStore, "_write", lambda *arguments: (asked.append(arguments[1]), write_part(*arguments))
     )
     assert write_folder(tmp_path / "stopped", run, shards, per_file=2) == (3, 2, [])
     assert asked == [1, 2]
@@ -200,15 +209,23 @@ def test_a_stopped_run_goes_on_with_the_parts_it_lacks(folder, encoder, tmp_path
 def test_two_ranks_share_the_parts_and_write_what_one_does(folder, encoder, tmp_path, monkeypatch):
     shards = find_images([str(folder)])
     write_folder(tmp_path / "one", extractor(encoder), shards, per_file=2)
-    meeting, written = threading.Barrier(2, timeout=60), []
-    monkeypatch.setattr(Runtime, "barrier", lambda self: self.world_size == 1 or meeting.wait())
-    write_part = features._write_part
+    meeting, values, written = threading.Barrier(2, timeout=60), [None, None], []
 
-    def note(folder, number, *rest):
+    def gather(self, value):
+        values[self.rank] = value
+        meeting.wait()
+        found = list(values)
+        meeting.wait()
+        return found
+
+    write_part = FeatureStore._write
+
+    def note(self, number, *rest):
         written.append((threading.current_thread().name, number))
-        write_part(folder, number, *rest)
+        write_part(self, number, *rest)
 
-    monkeypatch.setattr(features, "_write_part", note)
+    monkeypatch.setattr(FeatureStore, "_write", note)
+    monkeypatch.setattr(Runtime, "gather", gather)
     ranks = [
         threading.Thread(
             target=write_folder,

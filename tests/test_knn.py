@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from feature_bank import PooledFeatures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
-from pixio.features import knn
+from pixio.features import FeatureStore, knn
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,10 +47,10 @@ def search(
 @pytest.mark.parametrize("block", [40, 256, 5000])
 def test_the_figures_are_those_of_scikit_learns_weighted_classifier(block):
     ks, classes = (1, 10, 37), 12
-    centres = unit(classes, 24)
+    centers = unit(classes, 24)
     labels, targets = torch.arange(1500) % classes, torch.arange(700) % classes
-    bank = F.normalize(centres[labels] + unit(1500, 24, seed=1), dim=1)
-    queries = F.normalize(centres[targets] + 1.2 * unit(700, 24, seed=2), dim=1)
+    bank = F.normalize(centers[labels] + unit(1500, 24, seed=1), dim=1)
+    queries = F.normalize(centers[targets] + 1.2 * unit(700, 24, seed=2), dim=1)
     similarities, indices = search(queries, bank, 37, block)
     found = knn.count_correct(similarities, labels[indices], targets, ks, 0.07, classes)
     for k, (top1, top5) in zip(ks, found.tolist(), strict=True):
@@ -148,7 +149,6 @@ def small_parts(monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(feature_bank, "PART", 4)
-    monkeypatch.setattr(eval_knn, "QUERIES", 4)
     monkeypatch.setattr(knn, "QUERIES", 4)
     yield
     torch.set_num_threads(threads)
@@ -159,12 +159,12 @@ def run(data: Path, output: Path, *flags: str) -> dict:
     return json.loads((output / "results.json").read_text())
 
 
-def figures(results: dict) -> dict:
+def metrics(results: dict) -> dict:
     return {key: results[key] for key in ("k", "blocks", "counts", "encoder_sha256", "reported_k")}
 
 
 def features_of(output: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(output)): f.read_bytes() for f in sorted((output / "features").rglob("*.npy"))}
+    return {str(f.relative_to(output)): f.read_bytes() for f in sorted((output / "features").rglob("*.*"))}
 
 
 def reference(data: Path, block: int, pool) -> tuple[np.ndarray, list[str], np.ndarray, list[str]]:
@@ -233,7 +233,7 @@ import sys
 sys.path.insert(0, {evaluation!r})
 import eval_knn, feature_bank
 from pixio.features import knn
-feature_bank.PART = eval_knn.QUERIES = knn.QUERIES = 4
+feature_bank.PART = knn.QUERIES = 4
 eval_knn.main()
 """
 
@@ -258,7 +258,7 @@ def torchrun(ranks: int, data: Path, output: Path, *flags: str) -> dict:
 def test_two_ranks_give_the_figures_and_features_of_one(data, tmp_path):
     alone = run(data, tmp_path / "one", "--per_block")
     both = torchrun(2, data, tmp_path / "two", "--per_block")
-    assert figures(both) == figures(alone)
+    assert metrics(both) == metrics(alone)
     assert both["ranks"] == 2
     assert features_of(tmp_path / "two") == features_of(tmp_path / "one")
 
@@ -268,29 +268,29 @@ def test_more_ranks_than_parts_count_every_image_once(tmp_path):
     write_images(tmp_path / "data", "val", {"ash": 2, "birch": 1})
     alone = run(tmp_path / "data", tmp_path / "one")
     both = torchrun(2, tmp_path / "data", tmp_path / "two")
-    assert figures(both) == figures(alone)
+    assert metrics(both) == metrics(alone)
 
 
 def test_a_killed_run_goes_on_with_the_parts_it_lacks(data, tmp_path, monkeypatch):
     whole = run(data, tmp_path / "whole")
-    write = feature_bank.Features.write
+    write = FeatureStore._write
     made = []
 
-    def die_after_three(self, part, features):
+    def die_after_three(self, part, *features):
         if len(made) == 3:
             raise KeyboardInterrupt
         made.append(part)
-        write(self, part, features)
+        write(self, part, *features)
 
-    monkeypatch.setattr(feature_bank.Features, "write", die_after_three)
+    monkeypatch.setattr(FeatureStore, "_write", die_after_three)
     with pytest.raises(KeyboardInterrupt):
         run(data, tmp_path / "cut")
     assert not (tmp_path / "cut" / "results.json").exists()
     again = []
     monkeypatch.setattr(
-        feature_bank.Features, "write", lambda self, part, x: (again.append(part), write(self, part, x))
+        FeatureStore, "_write", lambda self, part, *x: (again.append(part), write(self, part, *x))
     )
-    assert figures(run(data, tmp_path / "cut")) == figures(whole)
+    assert metrics(run(data, tmp_path / "cut")) == metrics(whole)
     assert again == [3, 4, 5, 6, 7, 0, 1, 2, 3]  # the rest of train, then val
     assert features_of(tmp_path / "cut") == features_of(tmp_path / "whole")
 
@@ -298,11 +298,11 @@ def test_a_killed_run_goes_on_with_the_parts_it_lacks(data, tmp_path, monkeypatc
 def test_features_are_reused_only_for_the_same_encoder_images_and_settings(data, tmp_path, monkeypatch):
     run(data, tmp_path / "out")
     calls = []
-    embed = feature_bank.Extractor.embed
+    compute = PooledFeatures.compute
     monkeypatch.setattr(
-        feature_bank.Extractor,
-        "embed",
-        lambda self, images: (calls.append(len(images)), embed(self, images))[1],
+        PooledFeatures,
+        "compute",
+        lambda self, encoder, images: (calls.append(len(images)), compute(self, encoder, images))[1],
     )
     run(data, tmp_path / "out", "--nb_knn", "5", "--memory_gb", "1", "--batch_size_per_gpu", "2")
     assert sum(calls) == 0
@@ -325,11 +325,11 @@ def test_patch_14_sees_a_multiple_of_14(data, tmp_path):
     assert run(data, tmp_path / "out", *flags)["input"] == {"resize": 40, "crop": 32}
 
 
-def test_fewer_training_images_than_neighbours_is_said_and_works(data, tmp_path, capsys):
+def test_fewer_training_images_than_neighbors_is_said_and_works(data, tmp_path, capsys):
     results = run(data, tmp_path / "out", "--nb_knn", "10", "200", "100")
     assert list(results["k"]) == ["10", "32"]
     output = capsys.readouterr().out
-    assert "32 training images: 32 neighbours instead of up to 200" in output
+    assert "32 training images: 32 neighbors instead of up to 200" in output
     assert "3 classes: top-5 counts every class that has a vote" in output
 
 
@@ -386,10 +386,10 @@ def test_an_encoder_without_class_tokens_needs_another_pool(data, tmp_path, caps
 def test_a_damaged_feature_file_is_named(data, tmp_path, capsys):
     run(data, tmp_path / "out")
     (tmp_path / "out" / "results.json").unlink()
-    part = next((tmp_path / "out" / "features").rglob("train_*/part_00000.npy"))
+    part = next((tmp_path / "out" / "features").rglob("train_*/part_000000.safetensors"))
     part.write_bytes(part.read_bytes()[:-10])
     message = fails(data, tmp_path / "out", capsys)
-    assert "part_00000.npy is damaged" in message
+    assert "part_000000.safetensors is damaged" in message
     assert "delete it" in message
 
 
@@ -397,7 +397,7 @@ def test_hidden_files_and_other_files_are_no_images(data, tmp_path):
     (data / "train" / "ash" / "._000.png").write_bytes(b"")
     (data / "train" / "ash" / "notes.txt").write_text("")
     (data / "train" / ".cache").mkdir()
-    assert len(feature_bank.list_split(data / "train")) == 32
+    assert len(feature_bank.list_classes(data / "train")) == 32
 
 
 # -------------------------------------------------------------------------------------------- launch script

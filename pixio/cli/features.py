@@ -41,7 +41,7 @@ class Features(EncoderOptions):
     dtype: Literal["bf16", "fp16", "fp32"] = option("fp32", "what autocast computes in")
     half: bool = option(False, "stored as float16 instead of float32", negatable=False)
     format: str = option(
-        "safetensors", "of a folder: {choices}", metavar="FORMAT", choices="pixio.features.extraction:FORMATS"
+        "safetensors", "of a folder: {choices}", metavar="FORMAT", choices="pixio.features.store:FORMATS"
     )
     per_file: int = option(256, "images per file of a folder", ge=1)
     batch_size: int = option(32, "images of one size", ge=1)
@@ -64,7 +64,7 @@ class Features(EncoderOptions):
         import time
 
         from pixio.engine.runtime import start_runtime
-        from pixio.features.extraction import Extractor, Recipe, find_images, write_file, write_folder
+        from pixio.features import FeatureExtractor, TokenFeatures, find_images, write_file, write_folder
 
         shards = find_images(self.images, self.per_file)
         runtime = start_runtime(self.device, self.dtype)
@@ -73,10 +73,10 @@ class Features(EncoderOptions):
                 raise ValueError(f"--output {self.output}: several processes need a folder to write to")
             encoder = self.load_encoder().to(runtime.device)
             arrays = tuple(dict.fromkeys(self.arrays))
-            recipe = Recipe(
+            spec = TokenFeatures(
                 self.transform(encoder), arrays, self.blocks or None, not self.before_norm, self.half
             )
-            extractor = Extractor(encoder, recipe, runtime, self.batch_size, self.workers)
+            extractor = FeatureExtractor(encoder, spec, runtime, self.batch_size, self.workers)
             began = time.monotonic()
             if self.one_file:
                 done = write_file(self.output, extractor, shards)

@@ -1,1 +1,19 @@
-"""Features of many images, and what they show."""
+"""Features of many images: the one extractor and the one store, PCA, similarity and k-NN."""
+
+from pixio.features.extraction import FeatureExtractor, TokenFeatures, find_images
+from pixio.features.knn import KNNClassifier
+from pixio.features.pca import pca_colors, similarity
+from pixio.features.store import FeatureStore, StoredArray, write_file, write_folder
+
+__all__ = [
+    "FeatureExtractor",
+    "FeatureStore",
+    "KNNClassifier",
+    "StoredArray",
+    "TokenFeatures",
+    "find_images",
+    "pca_colors",
+    "similarity",
+    "write_file",
+    "write_folder",
+]

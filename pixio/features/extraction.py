@@ -9,6 +9,7 @@ Letters: B images of one batch, L blocks, C class tokens, h x w patches, D width
 import glob
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from pixio.data.shards import FOLDER_CHUNK, IMAGE_SUFFIXES, FolderShard, Shard, TarShard
+from pixio.data.shards import FOLDER_CHUNK, FolderShard, Shard, TarShard
 from pixio.engine.runtime import Runtime
 from pixio.images.crops import resize_center_crop
 from pixio.images.decoding import DamagedDataError, decode
 from pixio.images.inference import Transform
+from pixio.images.listing import IMAGE_SUFFIXES, is_junk, list_files
 from pixio.images.normalization import normalize
 
 ARRAYS = ("patch_tokens", "embedding", "cls_tokens", "mean_patch")
@@ -121,12 +123,12 @@ def find_images(sources: Sequence[str], chunk: int = FOLDER_CHUNK) -> list[Shard
     files: dict[str, None] = {}  # in the order in which they are found
     tars: dict[str, None] = {}
     for source in sources:
-        found = [source] if Path(source).exists() else sorted(glob.glob(source, recursive=True))
+        found = [source] if Path(source).exists() else _match(source)
         if not found:
             raise FileNotFoundError(f"no file or folder {source}")
         inside = [file for path in map(Path, found) for file in _files(path)]
         images = [str(file) for file in inside if file.suffix.lower() in IMAGE_SUFFIXES]
-        archives = [str(file) for file in inside if file.suffix == ".tar"]
+        archives = [str(file) for file in inside if file.suffix.lower() == ".tar"]
         if not images and not archives:
             raise FileNotFoundError(f"no image ({', '.join(IMAGE_SUFFIXES)}) and no .tar in {source}")
         files |= dict.fromkeys(images)
@@ -134,11 +136,19 @@ def find_images(sources: Sequence[str], chunk: int = FOLDER_CHUNK) -> list[Shard
     return folder_shards("", "", list(files), chunk) + [TarShard(tar, tar) for tar in tars]
 
 
+def _match(pattern: str) -> list[str]:
+    """What a pattern stands for, sorted, without what the rule of folders leaves out below its fixed part."""
+    fixed = re.split(r"[*?[]", pattern)[0].rpartition("/")[0] or "."
+    return sorted(
+        path for path in glob.glob(pattern, recursive=True) if not is_junk(os.path.relpath(path, fixed))
+    )
+
+
 def _files(path: Path) -> list[Path]:
     """A file itself, or those in and below a folder, sorted; folders may be called as images are."""
     if not path.is_dir():
         return [path]
-    return sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+    return sorted(Path(path, name) for name in list_files(path, (*IMAGE_SUFFIXES, ".tar")))
 
 
 def folder_shards(name: str, root: str, files: Sequence[str], chunk: int) -> list[Shard]:

@@ -1,18 +1,23 @@
-"""Exact k-nearest-neighbour classification: one search for the largest k, in blocks, with ties decided.
+"""Exact k-nearest-neighbor classification: one search for the largest k, in blocks, with ties decided.
 
-Of equally similar neighbours the one that comes first in the bank wins, of equally supported classes the
+Of equally similar neighbors the one that comes first in the bank wins, of equally supported classes the
 lower one: the outcome depends on no library's order. The protocol is DINO's
 (https://github.com/facebookresearch/dino).
 
-Letters: Q queries, N bank vectors, n of them in a block, D width, K neighbours.
+Letters: Q queries, N bank vectors, n of them in a block, D width, K neighbors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.backends import mkldnn
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from pixio.features.store import StoredArray
 
 QUERIES = 512  # searched together; smaller products would waste the machine
 _FEWEST = 256  # bank vectors of a block
@@ -55,11 +60,11 @@ class Nearest:
 
     Args:
         queries: float32 [Q, D], on the device that searches.
-        k: number of neighbours K, at most the size of the whole bank.
+        k: number of neighbors K, at most the size of the whole bank.
     """
 
     def __init__(self, queries: Tensor, k: int):
-        self.parts = [_Part(part, k) for part in queries.split(QUERIES)]
+        self.blocks = [_QueryBlock(block, k) for block in queries.split(QUERIES)]
 
     def add(self, block: Tensor, start: int) -> None:
         """Take another block into account; blocks come in the order of the bank.
@@ -69,18 +74,18 @@ class Nearest:
             start: number of its first vector in the bank.
         """
         block = _packed(block)
-        for part in self.parts:
-            part.add(block, start)
+        for queries in self.blocks:
+            queries.add(block, start)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """Similarities and bank numbers of the neighbours, both [Q, K], the most similar first."""
-        similarities = torch.cat([part.similarities for part in self.parts])
-        indices = torch.cat([part.indices for part in self.parts])
+        """Similarities and bank numbers of the neighbors, both [Q, K], the most similar first."""
+        similarities = torch.cat([queries.similarities for queries in self.blocks])
+        indices = torch.cat([queries.indices for queries in self.blocks])
         order = _ranked(similarities, indices)
         return similarities.gather(1, order), indices.gather(1, order)
 
 
-class _Part:
+class _QueryBlock:
     """At most QUERIES queries, and the best K of each so far, in any order."""
 
     def __init__(self, queries: Tensor, k: int):
@@ -126,6 +131,30 @@ def _ranked(values: Tensor, indices: Tensor) -> Tensor:
     return by_index.gather(1, values.gather(1, by_index).argsort(dim=1, descending=True, stable=True))
 
 
+def class_scores(
+    similarities: Tensor, labels: Tensor, ks: Sequence[int], temperature: float, n_classes: int
+) -> Iterator[Tensor]:
+    """For each k the votes that each class has from the first k neighbors, one exp(similarity / temperature).
+
+    Args:
+        similarities: [Q, K], falling.
+        labels: int64 [Q, K], class of each neighbor.
+        ks: rising numbers of neighbors, at most K.
+        temperature: of the weights.
+        n_classes: number of classes.
+
+    Yields:
+        float64 [Q, n_classes], relative to the vote of the nearest neighbor; added to for the next k.
+    """
+    # Relative to the nearest neighbor: the ranking is the same, and no exponential overflows.
+    weights = ((similarities - similarities[:, :1]).double() / temperature).exp()
+    scores, done = weights.new_zeros(len(weights), n_classes), 0
+    for k in ks:
+        scores.scatter_add_(1, labels[:, done:k], weights[:, done:k])
+        done = k
+        yield scores
+
+
 def count_correct(
     similarities: Tensor,
     labels: Tensor,
@@ -134,32 +163,131 @@ def count_correct(
     temperature: float,
     n_classes: int,
 ) -> Tensor:
-    """Classify by the votes of the first k neighbours, each weighing exp(similarity / temperature).
-
-    A class that no neighbour belongs to is never among the predictions.
+    """Count correct classifications; a class that no neighbor belongs to is never among the predictions.
 
     Args:
-        similarities: [Q, K], falling.
-        labels: int64 [Q, K], class of each neighbour.
+        similarities, labels, ks, temperature, n_classes: see `class_scores`.
         targets: int64 [Q], class of each query.
-        ks: rising numbers of neighbours, at most K.
-        temperature: of the weights.
-        n_classes: number of classes.
 
     Returns:
         int64 [len(ks), 2]: queries whose class is the first, or among the first five.
     """
-    # Relative to the nearest neighbour: the ranking is the same, and no exponential overflows.
-    weights = ((similarities - similarities[:, :1]).double() / temperature).exp()
-    scores = weights.new_zeros(len(targets), n_classes)
     classes = torch.arange(n_classes, device=targets.device)
     targets = targets.unsqueeze(1)  # [Q, 1]
-    counts, done = [], 0
-    for k in ks:
-        scores.scatter_add_(1, labels[:, done:k], weights[:, done:k])
-        done = k
+    counts = []
+    for scores in class_scores(similarities, labels, ks, temperature, n_classes):
         own = scores.gather(1, targets)  # [Q, 1]
         ahead = ((scores > own) | ((scores == own) & (classes < targets))).sum(1)  # [Q]
         voted = own.squeeze(1) > 0
         counts.append(torch.stack([(voted & (ahead < top)).sum() for top in (1, 5)]))
     return torch.stack(counts)
+
+
+class KNNClassifier:
+    """Classify by the votes of the K most similar vectors.
+
+    `KNNClassifier(k=20).fit(features, labels).predict(queries)`. The search is exact. Vectors are read in blocks, from memory or from a `StoredArray`.
+
+    Args:
+        k: number of neighbors K, at most the number of vectors.
+        temperature: a neighbor's vote weighs exp(similarity / temperature).
+        normalize: compare by the cosine; False: by the inner product, of vectors that have length 1.
+        memory_gb: bound on what a search holds, in GiB.
+        device: that searches.
+        progress: show a bar where somebody watches.
+    """
+
+    def __init__(
+        self,
+        k: int = 20,
+        temperature: float = 0.07,
+        normalize: bool = True,
+        memory_gb: float = 4.0,
+        device: torch.device | str = "cpu",
+        progress: bool = False,
+    ):
+        self.k, self.temperature, self.normalize = k, temperature, normalize
+        self.memory_gb, self.device, self.progress = memory_gb, torch.device(device), progress
+
+    def fit(
+        self, features: "Tensor | StoredArray", labels: Tensor, n_classes: int | None = None
+    ) -> "KNNClassifier":
+        """Take the vectors to compare with.
+
+        Args:
+            features: [N, D], finite.
+            labels: int64 [N], class of each, from 0.
+            n_classes: number of classes; None: one more than the highest label.
+
+        Raises:
+            ValueError: other numbers of vectors and labels, or fewer vectors than neighbors.
+        """
+        if not self.k <= len(features) == len(labels):
+            raise ValueError(
+                f"{len(features)} vectors with {len(labels)} labels for k = {self.k}: give each vector a "
+                "label, and a k of at most their number"
+            )
+        self.features, self.labels = features, labels
+        self.n_classes = int(labels.max()) + 1 if n_classes is None else n_classes
+        return self
+
+    def kneighbors(self, queries: "Tensor | StoredArray") -> tuple[Tensor, Tensor]:
+        """Similarities and numbers of the neighbors of queries [Q, D], each [Q, K], most similar first."""
+        _, similarities, indices = zip(*self._search(queries, 0, 1), strict=True)
+        return torch.cat(similarities), torch.cat(indices)
+
+    def predict(self, queries: "Tensor | StoredArray") -> Tensor:
+        """Classes of queries [Q, D], int64 [Q]; of equally supported classes the lower one."""
+        similarities, indices = self.kneighbors(queries)
+        labels = self.labels[indices]  # [Q, K]
+        (scores,) = class_scores(similarities, labels, [self.k], self.temperature, self.n_classes)
+        return scores.argmax(1)
+
+    def count_correct(
+        self,
+        queries: "Tensor | StoredArray",
+        targets: Tensor,
+        ks: Sequence[int],
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Tensor:
+        """Count correct classifications, for several k, among one rank's share of the queries.
+
+        Queries are assigned QUERIES at a time: products have the same shapes, and so the same results, on any
+        number of ranks.
+
+        Args:
+            queries: [Q, D].
+            targets: int64 [Q], class of each.
+            ks: rising numbers of neighbors, at most K.
+            rank, world_size: of this process.
+
+        Returns:
+            int64 [len(ks), 2], see `count_correct`.
+        """
+        counts = torch.zeros(len(ks), 2, dtype=torch.int64)
+        for span, similarities, indices in self._search(queries, rank, world_size):
+            votes = (similarities, self.labels[indices], targets[span])
+            counts += count_correct(*votes, ks, self.temperature, self.n_classes)
+        return counts
+
+    def _search(
+        self, queries: "Tensor | StoredArray", rank: int, world_size: int
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Spans of at most QUERIES queries, with their similarities and neighbors [Q, K] on the CPU."""
+        (n_bank, width), n = self.features.shape, len(queries)
+        size, at_once = block_sizes(width, self.k, self.memory_gb, self.device)
+        spans = [slice(i, min(i + QUERIES, n)) for i in range(0, n, QUERIES)][rank::world_size]
+        hidden = None if self.progress else True  # None: where nobody watches
+        while spans:
+            held, spans = spans[: at_once // QUERIES], spans[at_once // QUERIES :]
+            search = Nearest(self._vectors(torch.cat([queries[span] for span in held])), self.k)
+            for start in tqdm(range(0, n_bank, size), "search", leave=False, disable=hidden):
+                search.add(self._vectors(self.features[start : start + size]), start)
+            found = (each.cpu().split(QUERIES) for each in search.result())
+            yield from zip(held, *found, strict=True)
+
+    def _vectors(self, vectors: Tensor) -> Tensor:
+        """As they are compared: float32 [n, D], on the device."""
+        vectors = vectors.to(self.device).float()
+        return F.normalize(vectors, dim=1) if self.normalize else vectors

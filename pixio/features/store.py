@@ -104,8 +104,8 @@ def write_folder(
     settings = {
         "weights": weights.hexdigest(),
         "images": hashlib.sha256(images.encode(errors="surrogateescape")).hexdigest(),
-        "arrays": list(spec.arrays),
-        "block_ids": spec.block_ids and list(spec.block_ids),
+        "arrays": spec.arrays,
+        "block_ids": spec.block_ids,
         "norm": spec.norm,
         "half": spec.half,
         "size": spec.transform.size,
@@ -136,7 +136,8 @@ class FeatureStore:
         layout: str = "stacked",
     ):
         self.folder, self.shards, self.parts = folder, shards, parts
-        self.settings, self.layout = settings, layout
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))  # as it is read back
+        self.layout = layout
 
     def fill(self, extractor: FeatureExtractor, strict: bool = False) -> Summary:
         """Collective: compute the parts that are missing, shared out among the ranks.
@@ -267,7 +268,7 @@ class StoredArray:
         for path in paths:
             try:
                 with safe_open(path, "pt") as file:
-                    if name in file.keys():  # noqa: SIM118; not there where no image could be read
+                    if name in set(file.keys()):  # not there where no image could be read
                         self._parts.append(file.get_tensor(name))
             except (SafetensorError, OSError) as error:
                 raise ValueError(
@@ -287,7 +288,9 @@ class StoredArray:
         """The rows of a slice without a step, or those with some numbers."""
         if not isinstance(rows, slice):
             parts = [bisect.bisect_right(self._starts, row) - 1 for row in rows]
-            found = [self._parts[part][row - self._starts[part]] for part, row in zip(parts, rows, strict=True)]
+            found = [
+                self._parts[part][row - self._starts[part]] for part, row in zip(parts, rows, strict=True)
+            ]
             return torch.stack(found)
         start, stop, _ = rows.indices(len(self))
         first, last = bisect.bisect_right(self._starts, start) - 1, bisect.bisect_left(self._starts, stop)
