@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
-from pixio.features import FeatureStore, knn
+from pixio.features import FeatureStore, KNNClassifier, knn
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,6 +60,24 @@ def test_the_figures_are_those_of_scikit_learns_weighted_classifier(block):
         hits = (ranked == targets.numpy()[:, None]) & (np.take_along_axis(scores, ranked, axis=1) > 0)
         assert (top1, top5) == (hits[:, :1].sum(), hits.any(1).sum())
         assert 0.3 < top1 / 700 < 1  # neither trivial nor chance
+
+
+@pytest.mark.parametrize("k", [1, 20])
+def test_the_classifier_is_scikit_learns(k):
+    features, labels, queries = unit(400, 16), torch.arange(400) % 5, 3 * unit(90, 16, seed=1)
+    theirs = KNeighborsClassifier(k, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07))
+    theirs.fit(features.double().numpy(), labels.numpy())
+    ours = KNNClassifier(k).fit(5 * features, labels)
+    assert ours.predict(queries).tolist() == theirs.predict(queries.double().numpy()).tolist()
+    distances, indices = theirs.kneighbors(queries.double().numpy())
+    similarities, found = ours.kneighbors(queries)
+    np.testing.assert_array_equal(found.numpy(), indices)
+    np.testing.assert_allclose(1 - similarities.numpy(), distances, atol=1e-6)
+
+
+def test_a_classifier_with_fewer_vectors_than_neighbors_is_refused():
+    with pytest.raises(ValueError, match="3 vectors with 3 labels for k = 4"):
+        KNNClassifier(4).fit(unit(3, 8), torch.arange(3))
 
 
 @settings(max_examples=60, deadline=None)

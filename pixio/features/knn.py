@@ -186,7 +186,8 @@ def count_correct(
 class KNNClassifier:
     """Classify by the votes of the K most similar vectors.
 
-    `KNNClassifier(k=20).fit(features, labels).predict(queries)`. The search is exact. Vectors are read in blocks, from memory or from a `StoredArray`.
+    `KNNClassifier(k=20).fit(features, labels).predict(queries)`. The search is exact. Vectors
+    are read in blocks, from memory or from a `StoredArray`.
 
     Args:
         k: number of neighbors K, at most the number of vectors.
