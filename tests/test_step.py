@@ -107,15 +107,15 @@ def test_only_biases_and_vectors_escape_weight_decay():
     }
 
 
-def test_a_shared_parameter_is_optimised_once():
+def test_a_shared_parameter_is_optimized_once():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
     optimizer = make_adamw(model, 1e-3)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 3
 
 
-def test_a_wholly_frozen_model_cannot_be_optimised():
-    with pytest.raises(ValueError, match="nothing to optimise"):
+def test_a_wholly_frozen_model_cannot_be_optimized():
+    with pytest.raises(ValueError, match="nothing to optimize"):
         make_adamw(tiny_model().requires_grad_(False), 1e-3)
 
 

@@ -306,15 +306,8 @@ class Checkpoints:
         Raises:
             ValueError: on every rank, when it is missing or any rank found it damaged.
         """
-        state = failure = None
-        try:
-            state = read_checkpoint(path, slice(self.runtime.rank, None, self.runtime.world_size))
-        except (OSError, ValueError) as error:
-            failure = str(error)
-        failures = [text for text in self.runtime.gather(failure) if text]
-        if failures:
-            raise ValueError(failures[0])
-        return state
+        share = slice(self.runtime.rank, None, self.runtime.world_size)
+        return self._agree(partial(read_checkpoint, path, share))
 
     def load_latest(self) -> dict[str, Any] | None:
         """The newest checkpoint as `read_checkpoint` gives it, or None in a folder without any.
@@ -322,15 +315,7 @@ class Checkpoints:
         Raises:
             ValueError: it is missing or damaged; nothing older is loaded instead, the message says how to.
         """
-        name = failure = None
-        if self.runtime.is_main:
-            try:
-                name = self._newest()
-            except OSError as error:
-                failure = str(error)
-        name, failure = self.runtime.gather((name, failure))[0]
-        if failure:
-            raise ValueError(f"{self.folder} cannot be read: {failure}")
+        name = self.runtime.gather(self._agree(lambda: self._newest() if self.runtime.is_main else None))[0]
         if name is None:
             return None
         pointer = self.folder.absolute() / _POINTER
@@ -347,6 +332,17 @@ class Checkpoints:
                 else f"There is no older one: to start again, empty {self.folder.absolute()}"
             )
             raise ValueError(f"{error}. {remedy}") from error
+
+    def _agree(self, read: Callable[[], Any]) -> Any:
+        """Collective: what `read()` returns; where it fails on one rank, all raise ValueError."""
+        value = failure = None
+        try:
+            value = read()
+        except (OSError, ValueError) as error:
+            failure = str(error)
+        if failures := [text for text in self.runtime.gather(failure) if text]:
+            raise ValueError(failures[0])
+        return value
 
     def _saved(self) -> list[tuple[int, int, Path]]:
         """All complete checkpoints, in order: step, attempt at this step, folder."""

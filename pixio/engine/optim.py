@@ -16,14 +16,14 @@ def make_adamw(
     """AdamW over the parameters of `model` that require a gradient, fused where the device allows it.
 
     Biases and tensors with at most one dimension (norms) are not decayed; all others are, position embeddings
-    and class and mask tokens among them. The order is the model's, so a saved state fits any later process.
+    and class and mask tokens among them. The order is the model's: a saved state fits any later process.
 
     Args:
-        model: what to optimise.
+        model: what to optimize.
         lr: learning rate.
         betas: decay rates of the two moments.
         weight_decay: of decayed parameters.
-        parts: names of submodules that get groups of their own, so that `set_lr` can hold them still.
+        parts: names of submodules that get groups of their own, so that `set_lr` can freeze them.
 
     Raises:
         ValueError: every parameter is frozen.
@@ -35,7 +35,7 @@ def make_adamw(
             exempt = parameter.ndim <= 1 or name.split(".")[-1] == "bias"
             groups.setdefault((part, 0.0 if exempt else weight_decay), []).append(parameter)
     if not groups:
-        raise ValueError("no parameter of the model requires a gradient: there is nothing to optimise")
+        raise ValueError("no parameter of the model requires a gradient: there is nothing to optimize")
     described = [{"params": p, "part": part, "weight_decay": decay} for (part, decay), p in groups.items()]
     try:
         return torch.optim.AdamW(described, lr=lr, betas=betas, fused=True)
@@ -44,6 +44,6 @@ def make_adamw(
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float, frozen: str | None = None) -> None:
-    """Set the learning rate of every group; 0 for those of the part `frozen`, which stays bit for bit."""
+    """Set the learning rate of every group; 0 for those of the part `frozen`, whose bits stay the same."""
     for group in optimizer.param_groups:
         group["lr"] = 0.0 if frozen is not None and group["part"] == frozen else lr

@@ -4,7 +4,7 @@ import math
 
 
 def warmup_cosine(step: int, base_lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> float:
-    """Learning rate of a step (the first is 0): linear from 0 to `base_lr`, half a cosine to `min_lr`.
+    """Learning rate of a step (the first is 0): linear from 0 to `base_lr`, then half a cosine to `min_lr`.
 
     Args:
         step: optimizer steps taken so far; from `total_steps` on the rate stays at `min_lr`.
@@ -32,7 +32,7 @@ def poly(step: int, base_lr: float, warmup_steps: int, total_steps: int, power: 
         base_lr: the peak, reached at `warmup_steps`.
         warmup_steps: 0 starts at the peak.
         total_steps: steps of the whole run, warm-up included.
-        power: exponent of the share of the descent that is left.
+        power: exponent of the remaining share of the descent.
 
     Raises:
         ValueError: the warm-up is longer than the run.

@@ -1,6 +1,6 @@
 """One optimizer step: gradients accumulated over micro batches, checked on every rank, then applied.
 
-`accumulate` does it for one model. Models that learn side by side take the halves, `compute_gradients` for
+`accumulate` does it for one model. Models that train side by side use its halves, `compute_gradients` for
 each and one `apply_gradients` for all, so that either all of them take a step or none.
 """
 
@@ -16,13 +16,13 @@ from torch.distributed.tensor import DTensor
 from pixio.engine.runtime import Runtime
 
 
-class NonFiniteLoss(ArithmeticError):  # noqa: N818 (it names what was found)
+class NonFiniteLoss(ArithmeticError):  # noqa: N818 (the name says what is wrong)
     """The loss, or outside fp16 the gradient norm, was not finite on some rank; raised by all of them.
 
     Attributes:
         losses: mean loss of each rank's micro batches, in rank order.
         grad_norm: norm of the gradients averaged over ranks.
-        model: which model it was, where several learn side by side; else empty.
+        model: which model it was, where several train side by side; else empty.
     """
 
     def __init__(self, losses: list[float], grad_norm: float, model: str = "") -> None:
@@ -43,7 +43,7 @@ class NonFiniteLoss(ArithmeticError):  # noqa: N818 (it names what was found)
 
 
 class StepResult(NamedTuple):
-    """What one step measured, as scalars that stay on the device until somebody reads them."""
+    """What one step measured, as scalars that stay on the device until they are read."""
 
     loss: Tensor  # mean over micro batches and ranks
     grad_norm: Tensor  # Euclidean, before clipping; not finite when fp16 skips the step
@@ -94,9 +94,9 @@ def compute_gradients(
 
     Args:
         model: what `runtime.wrap` returned.
-        optimizer: its parameters are those measured, and later clipped and changed.
+        optimizer: over the parameters whose gradients are measured, and later clipped and applied.
         scaler: from `runtime.make_scaler`, one for each optimizer.
-        micro_batches: equally large, or the mean is not that of their samples.
+        micro_batches: of equal size, else the mean is not that over their samples.
         loss_fn: `loss_fn(model, micro_batch)` is a scalar mean; it runs under autocast.
 
     Raises:
@@ -127,13 +127,13 @@ def compute_gradients(
 def apply_gradients(
     runtime: Runtime, gradients: Mapping[str, Gradients], clip_grad: float | None = None
 ) -> dict[str, StepResult]:
-    """Let every model take its optimizer step, or, where one has met a non-finite number, none of them.
+    """Take the optimizer step of every model, or, where any loss or gradient is not finite, of none.
 
     Before anything changes the ranks agree that all is finite, which reads one number from the device;
     nothing else waits for it (fp16's scalers read one more each).
 
     Args:
-        gradients: of each model, by the name that an error shall give.
+        gradients: of each model, by its name in errors.
         clip_grad: largest gradient norm allowed, of each model; None leaves gradients alone.
 
     Raises:
@@ -141,7 +141,7 @@ def apply_gradients(
             rank is not finite; it names one such model.
     """
     losses = torch.stack([found.loss for found in gradients.values()])  # [models]
-    # fp16 meets infinite gradients now and then: its scaler skips the step
+    # in fp16 gradients overflow now and then: the scaler skips the step
     finite = [
         found.loss.isfinite() & (found.norm.isfinite() | found.scaler.is_enabled())
         for found in gradients.values()
