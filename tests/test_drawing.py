@@ -46,23 +46,23 @@ def features(*sizes, width=12, seed=0):
 # ---------------------------------------------------------------------------------------------------- maps
 def test_pca_colors_are_the_first_three_components_of_all_images_together():
     maps = features((5, 7), (8, 4))
-    colours = pca_colors(maps)
+    colors = pca_colors(maps)
     patches = torch.cat([m.flatten(1).T for m in maps]).numpy()
     oracle = PCA(3).fit(patches)
-    assert colours.explained == pytest.approx(oracle.explained_variance_ratio_.sum(), rel=1e-4)
-    found = torch.cat([m.flatten(1).T for m in colours.maps]).numpy()
+    assert colors.explained == pytest.approx(oracle.explained_variance_ratio_.sum(), rel=1e-4)
+    found = torch.cat([m.flatten(1).T for m in colors.maps]).numpy()
     for ours, theirs in zip(found.T, oracle.transform(patches).T, strict=True):
         inner = (ours > 0) & (ours < 1)  # the others are clipped
         assert inner.mean() > 0.9
         assert abs(np.corrcoef(ours[inner], theirs[inner])[0, 1]) > 0.9999
-    assert [tuple(m.shape) for m in colours.maps] == [(3, 5, 7), (3, 8, 4)]
+    assert [tuple(m.shape) for m in colors.maps] == [(3, 5, 7), (3, 8, 4)]
 
 
-def test_a_patch_has_its_colour_whichever_image_it_is_in():
+def test_a_patch_has_its_color_whichever_image_it_is_in():
     first, second = features((6, 6), (6, 6))
     second[:, 2, 3] = first[:, 4, 1]
-    colours = pca_colors([first, second]).maps
-    torch.testing.assert_close(colours[0][:, 4, 1], colours[1][:, 2, 3])
+    colors = pca_colors([first, second]).maps
+    torch.testing.assert_close(colors[0][:, 4, 1], colors[1][:, 2, 3])
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
@@ -72,8 +72,8 @@ def test_foreground_is_what_differs_most_and_keeps_off_the_border(sign):
     for m, place in zip(maps, inside, strict=True):
         place[2:6, 2:5] = True
         m[3, place] += sign * 60.0
-    colours = pca_colors(maps, foreground=True)
-    assert all(torch.equal(found, place) for found, place in zip(colours.foreground, inside, strict=True))
+    colors = pca_colors(maps, foreground=True)
+    assert all(torch.equal(found, place) for found, place in zip(colors.foreground, inside, strict=True))
     assert all(place.all() for place in pca_colors(maps).foreground)
 
 
@@ -88,16 +88,13 @@ def test_similarity_is_the_cosine_of_each_token_and_patch():
     torch.testing.assert_close(similarity(tokens, patches), expected)
 
 
-def test_the_similarity_picture_compares_the_patch_under_the_point(mae, tmp_path, monkeypatch):
-    drawn = {}
-    monkeypatch.setattr(drawing, "save_sheet", lambda panels, *_, **options: drawn.update(panels, **options))
+def test_the_similarity_picture_compares_the_patch_under_the_point(mae):
     photo = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     seen = drawing.look(mae.encoder, photo, Transform(96, "resize"))
-    drawing.save_similarity([seen], [(70.0, 20.0)], tmp_path / "s.png")
-    found = drawn["point 1"][0]
+    found = drawing.similarity_panels([seen], [seen.patches_at([(70.0, 20.0)])], "point")["point 1"][0]
     assert found.shape == (60, 90)
     assert found[20, 70] == pytest.approx(1, abs=1e-5)
-    assert drawn["marks"] == [(70.0, 20.0)]
+    assert seen.on_photo([(70.0, 20.0)]) == [(70.0, 20.0)]
 
 
 # ------------------------------------------------------------------------------------------- reconstruction
@@ -113,7 +110,7 @@ def test_a_perfect_prediction_reconstructs_the_image(mae, images, monkeypatch):
     assert (panels["masked"] == drawing.HIDDEN).all()
 
 
-def test_visible_patches_are_pasted_untouched_and_masked_ones_are_grey(mae, images):
+def test_visible_patches_are_pasted_untouched_and_masked_ones_are_gray(mae, images):
     noise = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]])
     panels = drawing.reconstruct(mae, images, 0.75, noise)
     for image, corner in ((0, slice(0, 16)), (1, slice(16, 32))):
@@ -186,8 +183,11 @@ def test_pictures_of_features_are_drawn_for_photographs_of_several_sizes(mae, tm
     photos = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((50, 80), (900, 60))]
     seen = [drawing.look(mae.encoder, photo, Transform(96, "pad")) for photo in photos]
     assert [tuple(one.photo.shape[1:]) for one in seen] == [(50, 80), (640, 43)]
-    assert 0 < drawing.save_pca(seen, tmp_path / "pca.png", foreground=True, smooth=True) <= 1
-    drawing.save_tokens(seen, tmp_path / "tokens.pdf", names=["a", "b"])
+    panels, explained = drawing.pca_panels(seen, foreground=True, smooth=True)
+    assert 0 < explained <= 1
+    drawing.save_sheet(panels, tmp_path / "pca.png")
+    panels = drawing.similarity_panels(seen, [one.cls for one in seen], "token")
+    drawing.save_sheet(panels, tmp_path / "tokens.pdf", names=["a", "b"])
     assert (tmp_path / "pca.png").stat().st_size > 1000
     assert (tmp_path / "tokens.pdf").read_bytes().startswith(b"%PDF")
 
@@ -356,9 +356,9 @@ def test_the_photographs_of_a_report_can_be_chosen(run, tmp_path, monkeypatch):
             Image.new("L", (1, 1)).save(file, "png"),
         ),
     )
-    Image.new("RGB", (32, 32), (9, 9, 9)).save(tmp_path / "grey.png")
-    write_report(run, tmp_path / "report.html", images=[str(tmp_path / "grey.png")])
+    Image.new("RGB", (32, 32), (9, 9, 9)).save(tmp_path / "gray.png")
+    write_report(run, tmp_path / "report.html", images=[str(tmp_path / "gray.png")])
     ((images, names),) = chosen
-    assert names == ["grey"]
+    assert names == ["gray"]
     assert images.shape == (1, 3, 32, 32)
     assert (images == 9).all()

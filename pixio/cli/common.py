@@ -4,20 +4,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pixio.engine.config import option
-from pixio.images.inference import Transform
+from pixio.images.inference import Fit, Transform
 from pixio.models.encoder import PixioViT
 
-
-def fit_option(default: str) -> Any:
-    """How an image becomes a size the encoder takes; the best default depends on the command."""
-    text = (
-        "square: size x size, whatever the aspect ratio; resize: longer side = size, then both to the "
-        "nearest multiple of the patch size; pad: longer side = size, then padded to multiples"
-    )
-    return option(default, text, choices="pixio.images.inference:FITS")
+FIT = (
+    "square: size x size, whatever the aspect ratio; resize: longer side = size, then both to the nearest "
+    "multiple of the patch size; pad: longer side = size, then padded to multiples"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +28,7 @@ class EncoderOptions:
     size: int | None = option(
         None, "pixels of the encoder's input, see --fit; its native size when left out", ge=1
     )
-    fit: str = fit_option("resize")
+    fit: Fit = option("resize", FIT)
 
     def load_encoder(self) -> PixioViT:
         """The encoder that was asked for, in evaluation mode; random weights are always the same ones.

@@ -23,14 +23,14 @@ from pixio.models.encoder import PixioViT
 from pixio.models.mae import PixioMAE, patch_statistics, patchify, unpatchify
 from pixio.models.masking import cell_grid
 
-HIDDEN = 128  # grey of a masked pixel
+HIDDEN = 128  # gray of a masked pixel
 PANELS = ("original", "masked", "reconstruction", "pasted")
 FADED = 0.15  # what is left of the background's contrast, on white
 SHOWN = 640  # longer side in pixels at which photographs and maps are drawn
 FRAMES = 24  # of a sweep, at most
 _PAGE = 7.0  # inches, width of a page of two columns
 _PANEL = (0.95, 1.7)  # inches, range of the width of a panel
-_BAR = 0.8  # inches beside the panels for a colour bar and its labels
+_BAR = 0.8  # inches beside the panels for a color bar and its labels
 _LETTER = 0.07  # inches, mean width in the names of rows
 _SMOOTHING = 50  # points of a curve that a moving mean covers, at most
 
@@ -73,6 +73,12 @@ def reconstruct(
     }
 
 
+def read_pixels(mae: PixioMAE, images: Sequence[str], size: int | None = None) -> Tensor:
+    """Image files as squares uint8 [B, 3, S, S], of the size the model was trained at when None."""
+    transform = Transform(size or mae.encoder.img_size[0], patch_size=mae.encoder.patch_size)
+    return torch.stack([transform.pixels(image)[0] for image in images])
+
+
 def draw_noise(mae: PixioMAE, images: Tensor, seed: int) -> Tensor:
     """Noise [B, cells] for masks of images [B, 3, H, W], the same for the same seed."""
     rows, columns = cell_grid(mae.encoder.grid_of(*images.shape[-2:]), mae.mask_grid)
@@ -112,7 +118,7 @@ def save_sweep(
 
     Args:
         mae, images: see `reconstruct`.
-        path: ends in .gif, or in .png or .apng for an animated PNG of full colour.
+        path: ends in .gif, or in .png or .apng for an animated PNG of full color.
         seed: of the order in which cells disappear.
         names: of the images.
     """
@@ -129,7 +135,7 @@ def save_sweep(
         frames.append(Image.open(drawn).convert("RGB"))
     frames += frames[-2:0:-1]
     kind = "GIF" if Path(path).suffix == ".gif" else "PNG"
-    # one palette for all frames, else flat colours flicker
+    # one palette for all frames, else flat colors flicker
     if kind == "GIF":
         palette = frames[len(frames) // 4].quantize(256)
         frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
@@ -154,6 +160,21 @@ class Seen(NamedTuple):
         mode = "bicubic" if smooth else "nearest"
         return self.placement.to_original(maps[None], mode, tuple(self.photo.shape[1:]))[0]
 
+    def patches_at(self, points: Sequence[tuple[float, float]]) -> Tensor:
+        """Features [points, D] of the patches at (x, y) in pixels of the image.
+
+        Raises:
+            ValueError: a point outside the image.
+        """
+        patch_size = self.placement.padded[0] // self.patches.shape[1]
+        places = [self.placement.patch_at(x, y, patch_size) for x, y in points]
+        return torch.stack([self.patches[:, row, column] for row, column in places])
+
+    def on_photo(self, points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+        """The same points in pixels of the photograph as drawn."""
+        (height, width), (rows, columns) = self.placement.original, self.photo.shape[1:]
+        return [(x * columns / width, y * rows / height) for x, y in points]
+
 
 @torch.inference_mode()
 def look(encoder: PixioViT, image: ImageSource, transform: Transform, block: int = -1) -> Seen:
@@ -176,83 +197,47 @@ def look(encoder: PixioViT, image: ImageSource, transform: Transform, block: int
     return Seen(to_tensor(shown), placement, features[0].float().cpu(), cls[0].float().cpu())
 
 
-def save_pca(
-    seen: Sequence[Seen],
-    path: str | Path | BinaryIO,
-    foreground: bool = False,
-    smooth: bool = False,
-    names: Sequence[str] = (),
-) -> float:
-    """Draw the joint PCA of the patch features of several images beside them.
+def pca_panels(
+    seen: Sequence[Seen], foreground: bool = False, smooth: bool = False
+) -> tuple[dict[str, list[Tensor]], float]:
+    """The joint PCA of the patch features of several images, beside them.
 
     Args:
         seen: images.
-        path: picture to write.
         foreground: leave out the background, see `pixio.features.pca.pca_colors`; it is drawn faded.
         smooth: interpolate between patches instead of showing them as squares.
-        names: of the images.
 
     Returns:
-        Share of the variance that the colours show, 0 to 1.
+        Panels for `save_sheet`, and the share of the variance that the colors show, 0 to 1.
     """
-    colours = pca_colors([one.patches for one in seen], foreground)
+    colors = pca_colors([one.patches for one in seen], foreground)
     drawn = []
-    for one, rgb, inside in zip(seen, colours.maps, colours.foreground, strict=True):
+    for one, rgb, inside in zip(seen, colors.maps, colors.foreground, strict=True):
         picture = one.draw(rgb, smooth).clamp(0, 1) * 255
         faded = 255 - FADED * (255 - one.photo.float().mean(0))  # [H, W]
         picture = torch.where(one.draw(inside[None].float(), smooth) > 0.5, picture, faded)  # [3, H, W]
         drawn.append(picture.round().to(torch.uint8))
-    title = f"PCA of the patches\n{100 * colours.explained:.0f} % of the variance"
-    save_sheet({"image": [one.photo for one in seen], title: drawn}, path, names)
-    return colours.explained
+    title = f"PCA of the patches\n{100 * colors.explained:.0f} % of the variance"
+    return {"image": [one.photo for one in seen], title: drawn}, colors.explained
 
 
-def save_tokens(
-    seen: Sequence[Seen], path: str | Path | BinaryIO, smooth: bool = False, names: Sequence[str] = ()
-) -> None:
-    """Draw how similar each class token is to the patches, one row per image.
-
-    Args:
-        seen: images.
-        path: picture to write.
-        smooth: interpolate between patches.
-        names: of the images.
-    """
-    maps = [one.draw(similarity(one.cls, one.patches), smooth) for one in seen]
-    panels = {"image": [one.photo for one in seen]}
-    panels |= {f"token {c + 1}": [one[c] for one in maps] for c in range(len(maps[0]))}
-    save_sheet(panels, path, names, scale="cosine similarity")
-
-
-def save_similarity(
-    seen: Sequence[Seen],
-    points: Sequence[tuple[float, float]],
-    path: str | Path | BinaryIO,
-    smooth: bool = False,
-    names: Sequence[str] = (),
-) -> None:
-    """Draw how similar patches of the first image are to all patches of all images.
+def similarity_panels(
+    seen: Sequence[Seen], queries: Sequence[Tensor], title: str, smooth: bool = False
+) -> dict[str, list[Tensor]]:
+    """How similar features are to the patches of each image, one panel per feature.
 
     Args:
         seen: images.
-        points: (x, y) in pixels of the first image; the patches there are the ones compared.
-        path: picture to write.
+        queries: per image, features [Q, D] to compare.
+        title: of a panel, before its number.
         smooth: interpolate between patches.
-        names: of the images.
 
-    Raises:
-        ValueError: a point outside the first image.
+    Returns:
+        Panels for `save_sheet`: the images, and Q of maps of cosine similarities.
     """
-    first = seen[0]
-    patch_size = first.placement.padded[0] // first.patches.shape[1]
-    patches = [first.placement.patch_at(x, y, patch_size) for x, y in points]
-    queries = torch.stack([first.patches[:, row, column] for row, column in patches])  # [points, D]
-    maps = [one.draw(similarity(queries, one.patches), smooth) for one in seen]
-    panels = {"image": [one.photo for one in seen]}
-    panels |= {f"point {i + 1}": [one[i] for one in maps] for i in range(len(points))}
-    (height, width), (rows, columns) = first.placement.original, first.photo.shape[1:]
-    marks = [(x * columns / width, y * rows / height) for x, y in points]
-    save_sheet(panels, path, names, scale="cosine similarity", marks=marks)
+    maps = [one.draw(similarity(each, one.patches), smooth) for one, each in zip(seen, queries, strict=True)]
+    columns = {f"{title} {i + 1}": [one[i] for one in maps] for i in range(len(queries[0]))}
+    return {"image": [one.photo for one in seen]} | columns
 
 
 # -------------------------------------------------------------------------------------------------- sheets
@@ -269,10 +254,10 @@ def save_sheet(
 
     Args:
         panels: title -> a tensor per image, the same number for all: photographs uint8 [3, H, W] and maps
-            [H, W], which share one scale of colours.
+            [H, W], which share one scale of colors.
         path: picture to write; a file object receives a PNG.
         names: a label for each row, shortened to its height.
-        scale: what the maps measure, beside their colour bar.
+        scale: what the maps measure, beside their color bar.
         marks: (x, y) of numbered points in the first panel, in its pixels.
         title: of the whole sheet.
         dpi: resolution.

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pixio.cli.common import EncoderOptions, fit_option
+from pixio.cli.common import FIT, EncoderOptions
 from pixio.engine.config import option
+from pixio.images.inference import Fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class Features(EncoderOptions):
     )
     blocks: tuple[int, ...] | None = option(None, "block ids, the first axis then; else the last")
     before_norm: bool = option(False, "leave out the encoder's final norm", negatable=False)
-    fit: str = fit_option("square")
+    fit: Fit = option("square", FIT)
     dtype: Literal["bf16", "fp16", "fp32"] = option("fp32", "what autocast computes in")
     half: bool = option(False, "stored as float16 instead of float32", negatable=False)
     format: str = option(

@@ -7,7 +7,7 @@ import base64
 import html
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,12 +15,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+import pixio
 from pixio.cli import drawing
-from pixio.files import write_atomic
-from pixio.images.inference import Transform
+from pixio.files import read_json, write_text
 from pixio.models.mae import PixioMAE
 from pixio.synthetic.scenes import render
-from pixio.weights import reading as weights
 
 _MAX_PICTURE = 1 << 25  # bytes
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -62,10 +61,10 @@ def write_report(
     run = Path(run).resolve()
     if not (run / "log.jsonl").is_file():
         raise FileNotFoundError(f"{run} is no run: it has no log.jsonl")
-    config = weights.read_json(run / "config.json") if (run / "config.json").is_file() else {}
+    config = read_json(run / "config.json") if (run / "config.json").is_file() else {}
     evaluations = _find_results(run, [Path(folder) for folder in results])
     # before the summary, because it explains a log that is none
-    curves = _picture(lambda file: drawing.save_curves([run], file), "loss and learning rate over the steps")
+    curves = _draw(lambda file: drawing.save_curves([run], file), "loss and learning rate over the steps")
     parts = [
         f"<h1>{html.escape(run.name)}</h1>",
         f"<p class=note>{_summary(run / 'log.jsonl')}</p>",
@@ -74,11 +73,9 @@ def write_report(
         *_reconstructions(run, images, config),
         "<h2>Evaluation</h2>",
         *(_evaluation(file, content) for file, content in evaluations),
-        *(
-            []
-            if evaluations
-            else ["<p class=note>No results.json of an evaluation of this run was found in or beside it.</p>"]
-        ),
+        ""
+        if evaluations
+        else "<p class=note>No results.json of an evaluation of this run lies in or beside it.</p>",
         "<h2>Configuration</h2>",
         _table(config) if config else "<p class=note>The run has no config.json.</p>",
     ]
@@ -92,7 +89,7 @@ def write_report(
 {chr(10).join(parts)}
 </html>
 """
-    write_atomic(path, lambda file: file.write(page.encode(errors="replace")))
+    write_text(path, page.encode(errors="replace").decode())
 
 
 def _summary(log: Path) -> str:
@@ -116,7 +113,7 @@ def _reconstructions(run: Path, images: Sequence[str], config: dict[str, Any]) -
         raise ValueError(f"{pointer} holds {name[:80]!r}, which is not the name of a checkpoint")
     heading = "<h2>Reconstructions</h2>"
     try:
-        mae = weights.load_mae(pointer.parent / name).eval()
+        mae = pixio.load_mae(pointer.parent / name).eval()
     except (ValueError, OSError) as error:
         if images:
             raise
@@ -126,26 +123,21 @@ def _reconstructions(run: Path, images: Sequence[str], config: dict[str, Any]) -
         raise ValueError(
             f"{run / 'config.json'}: mask_ratio must be a number from 0 to 1, found {_show(mask_ratio)[:80]}"
         )
-    pixels = _pixels(mae, images)
-    names = [Path(image).stem for image in images]
-    what = "" if images else " Rendered scenes that the run has not seen."
+    pixels, names = _pixels(mae, images), [Path(image).stem for image in images]
+    scenes = "" if images else " Rendered scenes that the run has not seen."
 
     def draw(file: BinaryIO) -> None:
         drawing.save_reconstructions(mae, pixels, file, mask_ratio, names=names)
 
-    return [
-        heading,
-        f"<p class=note>{html.escape(name)}, {100 * mask_ratio:g} % of the cells masked.{what}</p>",
-        _picture(draw, "reconstructions"),
-    ]
+    note = f"{html.escape(name)}, {100 * mask_ratio:g} % of the cells masked.{scenes}"
+    return [heading, f"<p class=note>{note}</p>", _draw(draw, "reconstructions")]
 
 
 def _pixels(mae: PixioMAE, images: Sequence[str]) -> Tensor:
     """The images to reconstruct, uint8 [B, 3, S, S]."""
-    size = mae.encoder.img_size[0]
     if images:
-        transform = Transform(size, patch_size=mae.encoder.patch_size)
-        return torch.stack([transform.pixels(image)[0] for image in images])
+        return drawing.read_pixels(mae, images)
+    size = mae.encoder.img_size[0]
     scenes = [render(_FIRST_SCENE + i, size).image for i in range(_SCENES)]
     return torch.stack([torch.from_numpy(scene).permute(2, 0, 1) for scene in scenes])  # [B, 3, S, S]
 
@@ -156,11 +148,11 @@ def _find_results(run: Path, folders: Sequence[Path]) -> list[tuple[Path, dict[s
     if missing := [str(folder) for folder in folders if not folder.is_dir()]:
         raise FileNotFoundError(f"no folder {', '.join(missing)}")
     files = [file.resolve() for folder in (run, *folders) for file in sorted(folder.rglob("results.json"))]
-    found = {file: weights.read_json(file) for file in files}
+    found = {file: read_json(file) for file in files}
     for file in sorted(run.parent.glob("*/results.json")):
         if file not in found:
             try:
-                content = weights.read_json(file)
+                content = read_json(file)
             except ValueError:
                 continue  # of somebody else; nothing says that it belongs to this run
             encoder = content.get("pretrained_ckp")
@@ -170,22 +162,18 @@ def _find_results(run: Path, folders: Sequence[Path]) -> list[tuple[Path, dict[s
 
 
 def _evaluation(file: Path, content: dict[str, Any]) -> str:
-    """One evaluation: its figures in a table, its picture, and everything else folded away."""
+    """One evaluation: its metrics in a table, its picture, and everything else folded away."""
     title = " ".join(str(content[key]) for key in ("task", "dataset", "head") if key in content)
     panels = file.with_name("panels.png")
-    return "\n".join(
-        [
-            f"<h3>{html.escape(title or file.parent.name)}</h3>",
-            f"<p class=note>{html.escape(str(file))}</p>",
-            _grid(_figures(content)),
-            _embed(panels) if panels.is_file() else "",
-            f"<details><summary>all of results.json</summary>{_table(content)}</details>",
-        ]
-    )
+    return f"""<h3>{html.escape(title or file.parent.name)}</h3>
+<p class=note>{html.escape(str(file))}</p>
+{_grid(_metrics(content))}
+{_embed(panels) if panels.is_file() else ""}
+<details><summary>all of results.json</summary>{_table(content)}</details>"""
 
 
-def _figures(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Figures of an evaluation by row and column: metrics last and best, or k-NN's by neighbours."""
+def _metrics(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Metrics of an evaluation by row and column: last and best, or those of k-NN by k."""
     rows: dict[str, dict[str, Any]] = {}
     for kind, values in _inner(content, "last", "best"):
         for metric, value in values.items():
@@ -205,22 +193,23 @@ def _inner(content: dict[str, Any], *keys: str) -> list[tuple[str, dict[str, Any
 
 # ------------------------------------------------------------------------------------------------------ HTML
 def _table(values: dict[str, Any]) -> str:
-    rows = (
-        f"<tr><th>{html.escape(str(key))}</th><td>{html.escape(_show(value))}</td></tr>"
-        for key, value in values.items()
-    )
-    return f"<table>{''.join(rows)}</table>"
+    """A table of names and values."""
+    return _rows([key, _show(value)] for key, value in values.items())
 
 
 def _grid(rows: dict[str, dict[str, Any]]) -> str:
     """A table with a heading over each column."""
     columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
-    lines = ["".join(f"<th>{html.escape(text)}</th>" for text in ("", *columns))]
-    for name, cells in rows.items():
-        texts = (_show(cells[column]) if column in cells else "" for column in columns)
-        line = "".join(f"<td>{html.escape(text)}</td>" for text in texts)
-        lines.append(f"<th>{html.escape(name)}</th>{line}")
-    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+    lines = [[name, *(_show(cells.get(column, "")) for column in columns)] for name, cells in rows.items()]
+    heading = "".join(f"<th>{html.escape(text)}</th>" for text in ("", *columns))
+    return _rows(lines, f"<tr>{heading}</tr>")
+
+
+def _rows(lines: Iterable[Sequence[str]], heading: str = "") -> str:
+    """Lines of a table, whose first cell is the name of the others."""
+    texts = ([html.escape(cell) for cell in line] for line in lines)
+    rows = (f"<tr><th>{name}</th><td>{'</td><td>'.join(cells)}</td></tr>" for name, *cells in texts)
+    return f"<table>{heading}{''.join(rows)}</table>"
 
 
 def _show(value: Any) -> str:
@@ -229,7 +218,7 @@ def _show(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _picture(draw: Callable[[BinaryIO], object], what: str) -> str:
+def _draw(draw: Callable[[BinaryIO], object], what: str) -> str:
     file = io.BytesIO()
     draw(file)
     return _image(file.getvalue(), what)

@@ -1,8 +1,9 @@
 """The commands of `pixio` that draw; the drawing itself is in `pixio.cli.drawing`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pixio.cli.common import EncoderOptions, check_new_file
 from pixio.engine.config import option
@@ -12,6 +13,11 @@ if TYPE_CHECKING:
 
 PICTURES = (".png", ".pdf", ".svg")
 ANIMATIONS = (".gif", ".png", ".apng")
+
+
+def _stems(images: Sequence[str]) -> list[str]:
+    """What images are called in pictures."""
+    return [Path(image).stem for image in images]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,20 +32,21 @@ class _FeaturePicture(EncoderOptions):
     def __post_init__(self) -> None:
         check_new_file(self.output, PICTURES)
 
-    @property
-    def names(self) -> list[str]:
-        """What the images are called in the picture."""
-        return [Path(image).stem for image in self.images]
-
-    def encode(self) -> "list[Seen]":
-        """Encode each image by itself, at its own size."""
+    def run(self) -> None:
         from pixio.cli import drawing
         from pixio.engine.runtime import start_runtime
 
         runtime = start_runtime(self.device, "fp32")
         encoder = self.load_encoder().to(runtime.device)
         transform = self.transform(encoder)
-        return [drawing.look(encoder, image, transform, self.block) for image in self.images]
+        seen = [drawing.look(encoder, image, transform, self.block) for image in self.images]
+        panels, settings, remark = self.panels(seen)
+        drawing.save_sheet(panels, self.output, _stems(self.images), **settings)
+        print(f"{len(self.images)} images -> {self.output}{remark}")
+
+    def panels(self, seen: "list[Seen]") -> tuple[dict[str, list], dict[str, Any], str]:
+        """What to draw of images, settings of `drawing.save_sheet`, and what to print of it."""
+        raise NotImplementedError(f"{type(self).__name__} draws nothing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +61,11 @@ class Pca(_FeaturePicture):
     output: Path = option(Path("pca.png"), "picture to write")
     foreground: bool = option(False, "leave the background out of the PCA", negatable=False)
 
-    def run(self) -> None:
-        from pixio.cli import drawing
+    def panels(self, seen: "list[Seen]") -> tuple[dict[str, list], dict[str, Any], str]:
+        from pixio.cli.drawing import pca_panels
 
-        explained = drawing.save_pca(self.encode(), self.output, self.foreground, self.smooth, self.names)
-        print(f"{len(self.images)} images -> {self.output}: {explained:.1%} of the variance")
+        panels, explained = pca_panels(seen, self.foreground, self.smooth)
+        return panels, {}, f": {explained:.1%} of the variance"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +75,11 @@ class Tokens(_FeaturePicture):
     example = "photo.jpg --pretrained pixio_vith16.pth --size 512"
     output: Path = option(Path("tokens.png"), "picture to write")
 
-    def run(self) -> None:
-        from pixio.cli import drawing
+    def panels(self, seen: "list[Seen]") -> tuple[dict[str, list], dict[str, Any], str]:
+        from pixio.cli.drawing import similarity_panels
 
-        drawing.save_tokens(self.encode(), self.output, self.smooth, self.names)
-        print(f"{len(self.images)} images -> {self.output}")
+        panels = similarity_panels(seen, [one.cls for one in seen], "token", self.smooth)
+        return panels, {"scale": "cosine similarity"}, ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +94,12 @@ class Similarity(_FeaturePicture):
         ge=0,
     )
 
-    def run(self) -> None:
-        from pixio.cli import drawing
+    def panels(self, seen: "list[Seen]") -> tuple[dict[str, list], dict[str, Any], str]:
+        from pixio.cli.drawing import similarity_panels
 
-        drawing.save_similarity(self.encode(), self.point, self.output, self.smooth, self.names)
-        print(f"{len(self.images)} images -> {self.output}")
+        queries = [seen[0].patches_at(self.point)] * len(seen)
+        panels = similarity_panels(seen, queries, "point", self.smooth)
+        return panels, {"scale": "cosine similarity", "marks": seen[0].on_photo(self.point)}, ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,18 +127,12 @@ class Reconstruct:
             raise ValueError(f"--draws {self.draws}: a --sweep shows one mask")
 
     def run(self) -> None:
-        import torch
-
         import pixio
         from pixio.cli import drawing
-        from pixio.images.inference import Transform
 
         grid = {"mask_grid": self.mask_grid} if self.mask_grid else {}
         mae = pixio.load_mae(self.checkpoint, **grid).eval()
-        size = self.size or mae.encoder.img_size[0]
-        transform = Transform(size, patch_size=mae.encoder.patch_size)
-        pixels = torch.stack([transform.pixels(path)[0] for path in self.images])  # [B, 3, S, S]
-        names = [Path(image).stem for image in self.images]
+        pixels, names = drawing.read_pixels(mae, self.images, self.size), _stems(self.images)
         if self.sweep:
             drawing.save_sweep(mae, pixels, self.output, self.seed, names)
         else:
