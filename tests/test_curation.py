@@ -8,13 +8,13 @@ import math
 import os
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import curate
 import numpy as np
 import pytest
 import torch
+from image_sets import write_tar
 from PIL import Image, ImageDraw, ImageFont
 
 import pixio
@@ -54,11 +54,11 @@ def gradient(seed: int) -> Image.Image:
 
 def flat_graphic(seed: int) -> Image.Image:
     rng = np.random.default_rng(seed)
-    colours = [tuple(map(int, colour)) for colour in rng.integers(0, 256, (9, 3))]
-    image = Image.new("RGB", (400, 300), colours[0])
+    colors = [tuple(map(int, color)) for color in rng.integers(0, 256, (9, 3))]
+    image = Image.new("RGB", (400, 300), colors[0])
     pen = ImageDraw.Draw(image)
-    for colour in colours[1:]:
-        pen.ellipse(np.sort(rng.integers(0, 300, (2, 2)), axis=0).flatten().tolist(), fill=colour)
+    for color in colors[1:]:
+        pen.ellipse(np.sort(rng.integers(0, 300, (2, 2)), axis=0).flatten().tolist(), fill=color)
     return image
 
 
@@ -75,7 +75,7 @@ def scene(seed: int, side: int = 64) -> bytes:
 # -------------------------------------------------------------------------------------------------- entropy
 
 
-def test_entropy_is_that_of_the_share_of_colours():
+def test_entropy_is_that_of_the_share_of_colors():
     halves = torch.zeros(3, 8, 8, dtype=torch.uint8)
     halves[0, :4] = 200
     assert color_entropy(halves) == pytest.approx(1.0)
@@ -97,7 +97,7 @@ def test_pages_gradients_and_graphics_lie_below_the_threshold(draw):
     assert max(scores) <= 4.5
 
 
-def test_photographs_in_colour_lie_above_the_threshold():
+def test_photographs_in_color_lie_above_the_threshold():
     data = pytest.importorskip("skimage.data")
     for name in ("astronaut", "coffee", "chelsea", "rocket"):
         assert color_entropy(resized(Image.fromarray(getattr(data, name)()))) > 4.5, name
@@ -144,15 +144,6 @@ def test_score_of_an_image_depends_on_no_other_image(checkpoint):
 
 
 # ---------------------------------------------------------------------------------------------- the program
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +308,7 @@ def test_tars_that_would_share_a_file_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--only", "size,colour"], "colour: choose from size, entropy, loss"),
+        (["--only", "size,color"], "color: choose from size, entropy, loss"),
         (["--only", "loss"], "--checkpoint is needed"),
         (["--only", "size", "--checkpoint", "x.pt"], "only for it"),
         (["--only", "size", "--mask_ratio", "0"], "--mask_ratio must lie between 0 and 1, found 0.0"),
