@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pixio.engine.program import program
 from pixio.files import read_json
 
 NAMES = {"nyuv2": "NYUv2", "kitti": "KITTI", "ade20k": "ADE20K", "pascal": "VOC", "loveda": "LoveDA"}
@@ -74,12 +75,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("folders", nargs="*", type=Path, default=[Path("runs")])
     folders = parser.parse_args(argv).folders
-    try:
+    with program("collect_results.py", "eval"):
         if missing := [str(folder) for folder in folders if not folder.is_dir()]:
             raise FileNotFoundError(f"no folder {', '.join(missing)}")
         rows = collect(folders)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"collect_results.py: error: {error}") from error
     if not rows:
         print(f"no results.json below {', '.join(map(str, folders))} yet", file=sys.stderr)
     print(to_markdown(rows), end="")

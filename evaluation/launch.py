@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from pixio.engine.config import option
+from pixio.engine.program import program
 from pixio.engine.runtime import Runtime, start_runtime
 
 Result = TypeVar("Result")
@@ -38,11 +39,9 @@ def run_program(name: str, config: EvaluationConfig, body: Callable[[Runtime], R
     """
     if config.port is not None:
         os.environ.setdefault("MASTER_PORT", str(config.port))
-    try:
+    with program(name, "eval"):
         runtime = start_runtime(config.device, config.dtype, local_rank=config.local_rank)
         try:
             return body(runtime)
         finally:
             runtime.close()
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"{name}: error: {error}") from error

@@ -43,6 +43,7 @@ from pixio.data.curation import (
 from pixio.data.scoring import TarScorer
 from pixio.data.shards import TarShard
 from pixio.engine.config import option, parse
+from pixio.engine.program import program
 from pixio.engine.runtime import Runtime, start_runtime
 from pixio.files import read_json, write_atomic, write_json
 from pixio.images.crops import decode_crop, whole_box
@@ -360,27 +361,19 @@ def draw_sheet(images: Sequence[Scored], shards: Sequence[TarShard], path: Path)
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse and run; a mistake or a failure ends the program with one line."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
+    with program("curate.py", "train"):
         if arguments[:1] == ["report"]:
             return report(parse(ReportConfig, arguments[1:], prog="curate.py report"))
         config = parse(CurateConfig, arguments, prog="curate.py")
         os.makedirs(config.json_path, exist_ok=True)
-        runtime = start_runtime(
-            config.device,
-            config.dtype,
-            config.world_size,
-            config.local_rank,
-            config.dist_url,
-            timeout_minutes=PATIENCE,
-        )
+        launcher = (config.world_size, config.local_rank, config.dist_url)
+        runtime = start_runtime(config.device, config.dtype, *launcher, timeout_minutes=PATIENCE)
         try:
             counts = sum(runtime.gather(curate(config, runtime)), Counter())
         finally:
             runtime.close()
         if runtime.is_main:
             print(", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items() if count))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"curate.py: error: {error}") from error
 
 
 if __name__ == "__main__":

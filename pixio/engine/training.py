@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 from pixio.engine.checkpoint import Checkpoints, Interval
 from pixio.engine.config import option, save_config
 from pixio.engine.logger import Log
+from pixio.engine.program import program
 from pixio.engine.runtime import Runtime, start_runtime
 from pixio.engine.schedule import warmup_cosine
 from pixio.engine.signals import defer_signals
@@ -147,16 +148,13 @@ def run_program(
         body: the training itself.
         failures: exceptions, beside the engine's own, whose message is all a user needs.
     """
-    try:
-        with defer_signals():
-            launcher = (config.world_size, config.local_rank, config.dist_url)
-            runtime = start_runtime(config.device, config.dtype, *launcher, config.parallel)
-            try:
-                body(config, runtime)
-            finally:
-                runtime.close()
-    except (ValueError, OSError, ImportError, NonFiniteLoss, *failures) as error:
-        raise SystemExit(f"{prog}: error: {error}") from error
+    with program(prog, "train", (NonFiniteLoss, *failures)), defer_signals():
+        launcher = (config.world_size, config.local_rank, config.dist_url)
+        runtime = start_runtime(config.device, config.dtype, *launcher, config.parallel)
+        try:
+            body(config, runtime)
+        finally:
+            runtime.close()
 
 
 def start_log(config: TrainConfig, runtime: Runtime, start_step: int) -> Log:
