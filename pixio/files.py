@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+_LINK_STORES = (".dvc/cache", ".git/annex/objects")  # where DVC and git-annex keep the files they link to
 MAX_JSON = 2**24  # bytes; the index of the largest model has 0.1 MB
 
 
@@ -67,6 +68,24 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
     return content
+
+
+def file_in(folder: Path, name: str) -> Path:
+    """A file of a folder that may come from anybody.
+
+    It may link into the store of the cache that the folder belongs to (Hugging Face hub, DVC, git-annex).
+
+    Raises:
+        ValueError: it leads out of the folder and its cache, or is not a file.
+    """
+    root, path = folder.resolve(), folder / name
+    stores = [root, *(parent / store for parent in root.parents for store in _LINK_STORES)]
+    stores += [parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots"]
+    if Path(name).name != name or not any(path.resolve().is_relative_to(store) for store in stores):
+        raise ValueError(f"{name!r} leads out of {folder}")
+    if not path.is_file():
+        raise ValueError(f"{name} is missing")
+    return path
 
 
 @contextmanager

@@ -310,6 +310,53 @@ def test_a_damaged_newest_checkpoint_is_named_and_not_replaced_in_silence(tmp_pa
     assert "resume from step_00000010, write" in str(caught.value)
 
 
+def as_in_the_hub(folder: Path, root: Path) -> Path:
+    """The snapshot that the Hugging Face hub's cache makes of a folder: links to what it keeps by hash."""
+    snapshot, blobs = root / "models--me--x/snapshots/abc/run", root / "models--me--x/blobs"
+    return link_into(folder, snapshot, blobs)
+
+
+def as_with_dvc(folder: Path, root: Path) -> Path:
+    return link_into(folder, root / "runs" / folder.name, root / ".dvc/cache/files/md5/ab")
+
+
+def as_with_git_annex(folder: Path, root: Path) -> Path:
+    return link_into(folder, root / folder.name, root / ".git/annex/objects/Xq/1f")
+
+
+def link_into(folder: Path, links: Path, store: Path) -> Path:
+    links.mkdir(parents=True)
+    store.mkdir(parents=True)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        shutil.copy(file, store / f"{number:040x}")
+        (links / file.name).symlink_to(os.path.relpath(store / f"{number:040x}", links))
+    return links
+
+
+@pytest.mark.parametrize("cache", [as_in_the_hub, as_with_dvc, as_with_git_annex])
+def test_a_checkpoint_that_a_cache_keeps_as_links_is_read(tmp_path, cache):
+    Checkpoints(tmp_path, ALONE).save(1, {"model": {"a": torch.ones(64)}})
+    linked = cache(tmp_path / "step_00000001", tmp_path / "cache")
+    assert torch.equal(read_file(linked)["model"]["a"], torch.ones(64))
+    (linked / "rank_00000.safetensors").unlink()
+    (linked / "rank_00000.safetensors").symlink_to(tmp_path / "step_00000001" / "rank_00000.safetensors")
+    with pytest.raises(ValueError, match="leads out of"):
+        read_file(linked)
+
+
+@pytest.mark.parametrize("name", ["state.pt", "rank_00000.safetensors"])
+def test_the_cache_of_another_project_is_outside(tmp_path, name):
+    Checkpoints(tmp_path / "mine", ALONE).save(1, {"model": {"a": torch.ones(64)}})
+    folder = tmp_path / "mine" / "step_00000001"
+    for store in ("theirs/.dvc/cache", "theirs/models--x/blobs"):
+        (tmp_path / store).mkdir(parents=True)
+        shutil.copy(folder / name, tmp_path / store / "file")
+        (folder / name).unlink()
+        (folder / name).symlink_to(tmp_path / store / "file")
+        with pytest.raises(ValueError, match="leads out of"):
+            read_file(folder)
+
+
 def link_outside(folder: Path, content: dict) -> None:
     file = folder / content["files"][0][0]
     file.rename(folder.parent / "secret.safetensors")

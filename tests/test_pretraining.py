@@ -271,6 +271,37 @@ def test_a_checkpoint_of_another_run_is_not_resumed(saved, message, trees, tmp_p
         run(*trees["folder"], "--output_dir", tmp_path / "run", "--resume", tmp_path / "step_00000001")
 
 
+def test_resume_of_a_weight_file_says_which_flag_takes_it(tmp_path, monkeypatch):
+    torch.save({"model": {}, "epoch": 3}, tmp_path / "checkpoint-3.pth")  # as the release's are
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        run("--dataset_type", "scenes", "--output_dir", "run", "--resume", "checkpoint-3.pth")
+    message = str(caught.value)
+    assert f"{tmp_path}/checkpoint-3.pth is a file, --resume takes a folder" in message
+    assert "--init_encoder" in message
+
+
+def test_other_data_is_refused_or_with_a_flag_read_from_its_beginning(trees, tmp_path, capsys):
+    run(*trees["folder"], "--output_dir", tmp_path)
+    other = [*trees["imagenet"], "--output_dir", tmp_path, "--epochs", "4"]
+    with pytest.raises(SystemExit, match=r"other data .* begin a new epoch \(--new_data"):
+        run(*other)
+    run(*other, "--new_data")
+    assert "The data is not the checkpoint's" in capsys.readouterr().out
+    assert [row["step"] for row in log_of(tmp_path)] == [1, 2, 3, 4, 5, 6, 7, 8]
+    run(*other, "--epochs", "5", "--new_data")  # the flag may stay: this is the checkpoint's data
+    assert "The data is not the checkpoint's" not in capsys.readouterr().out
+    optimizer = checkpoint_of(tmp_path)["optimizer"]
+    assert {int(moments["step"]) for moments in optimizer["state"].values()} == {10}
+
+
+def test_without_safetensors_a_run_does_not_begin(trees, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(SystemExit, match=r"safetensors.*pixio\[train\]"):
+        run(*trees["folder"], "--output_dir", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 SCRIPTS = sorted((ROOT / "pretraining" / "scripts").glob("*.sh"))
 LAUNCHER = {"job_dir", "job_name", "nodes", "ngpus", "timeout", "partition", "account", "qos", "comment"}
 

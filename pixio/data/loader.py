@@ -60,6 +60,7 @@ class Loader:
         prefetch: batches each worker keeps ready.
         state: to resume: the `state_dict()`s of ALL ranks of the interrupted run, in any order, whatever
             their number. Gather them over the ranks when saving a checkpoint, and save the list.
+        new_epoch_if_changed: when `state` belongs to another data set or seed, say so and begin a new epoch.
 
     Attributes:
         counts: images seen, kept and dropped, by reason, since this loader was made.
@@ -79,6 +80,7 @@ class Loader:
         pin_memory: bool = False,
         prefetch: int = 4,
         state: list[dict[str, Any]] | None = None,
+        new_epoch_if_changed: bool = False,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must lie in 0..world_size - 1, found rank {rank} of {world_size}")
@@ -94,7 +96,7 @@ class Loader:
         consumers = world_size * self._readers
         self._sampler = Sampler(len(stream.shards), consumers, stream.seed, stream.shuffle_shards)
         if state:
-            self._resume(state)
+            self._resume(state, new_epoch_if_changed)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         # DataLoader always begins with its worker 0, so that one plays the reader whose turn it is
@@ -156,7 +158,7 @@ class Loader:
             "past": self._sampler.resumed_state() if self.rank == 0 else None,
         }
 
-    def _resume(self, states: list[dict[str, Any]]) -> None:
+    def _resume(self, states: list[dict[str, Any]], new_epoch_if_changed: bool) -> None:
         """Take up the positions of an interrupted run, or what its consumers left if they are not ours."""
         states = sorted(states, key=lambda state: state["rank"])
         ranks, world_size = [state["rank"] for state in states], states[0]["world_size"]
@@ -170,10 +172,16 @@ class Loader:
             changed = ", ".join(
                 f"{key} {there[key]} -> {here[key]}" for key in here if there[key] != here[key]
             )
+            if changed and new_epoch_if_changed:
+                if self.rank == 0:
+                    print(
+                        f"The data is not the checkpoint's ({changed}): a new epoch of it begins", flush=True
+                    )
+                return
             if changed:
                 raise ValueError(
-                    f"the saved position belongs to another stream ({changed}); restore these settings, or "
-                    "drop the loader's state to begin a new epoch"
+                    f"the saved position belongs to other data ({changed}); restore these settings, or "
+                    "begin a new epoch (--new_data of the training programs)"
                 )
 
         positions = [tuple(position) for state in states for position in state["positions"]]

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from pixio.engine.runtime import Runtime
-from pixio.engine.tensor_files import TensorReference, checksum, file_in, read_tensors, write_tensors
-from pixio.files import fsync, remove_leftovers, require_free, write_atomic, write_text
+from pixio.engine.tensor_files import TensorReference, checksum, read_tensors, write_tensors
+from pixio.files import file_in, fsync, remove_leftovers, require_free, write_atomic, write_text
 
 _CHECKPOINT = re.compile(r"step_(\d{8,})(?:-(\d+))?")
 _POINTER, _VALUES = "latest", "state.pt"
@@ -165,6 +165,8 @@ class Checkpoints:
             raise ValueError(
                 f"expected keep_newest >= 1 and keep_every >= 0, found {keep_newest} and {keep_every}"
             )
+        import safetensors  # noqa: F401 (a run without it would end at its first save)
+
         self.folder = Path(folder)
         self.runtime = runtime
         self.keep_newest = keep_newest

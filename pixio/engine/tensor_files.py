@@ -13,9 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from pixio.files import disk_full, fsync
-
-_LINK_STORES = (".dvc/cache", ".git/annex/objects")  # where DVC and git-annex keep the files they link to
+from pixio.files import disk_full, file_in, fsync
 
 
 class ShardIndex(NamedTuple):
@@ -168,24 +166,6 @@ def checksum(path: Path) -> int:
         while block := file.read(2**24):
             crc = zlib.crc32(block, crc)
     return crc
-
-
-def file_in(folder: Path, name: str) -> Path:
-    """A file of a folder that may come from anybody.
-
-    It may link into the store of the cache that the folder belongs to (Hugging Face hub, DVC, git-annex).
-
-    Raises:
-        ValueError: it leads out of the folder and its cache, or is not a file.
-    """
-    root, path = folder.resolve(), folder / name
-    stores = [root, *(parent / store for parent in root.parents for store in _LINK_STORES)]
-    stores += [parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots"]
-    if Path(name).name != name or not any(path.resolve().is_relative_to(store) for store in stores):
-        raise ValueError(f"{name!r} leads out of {folder}")
-    if not path.is_file():
-        raise ValueError(f"{name} is missing")
-    return path
 
 
 def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Any, dict[str, list[int]]] | None:

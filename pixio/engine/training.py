@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -56,6 +56,10 @@ class TrainConfig:
     save_minutes: float = option(30.0, "minutes between checkpoints; 0 = off")
     resume: str | None = option(
         None, "checkpoint of another run to start from; the run's own is found by itself"
+    )
+    new_data: bool = option(
+        False,
+        "resume with other data than the checkpoint's: its weights and optimizer, a new epoch of the data",
     )
     start_epoch: int = option(0, "epoch at which a run without a checkpoint starts")
     tensorboard: bool = option(False, "also log to TensorBoard")
@@ -126,6 +130,7 @@ class TrainConfig:
             "world_size": runtime.world_size,
             "num_workers": self.num_workers,
             "pin_memory": self.pin_mem and runtime.pins_memory,
+            "new_epoch_if_changed": self.new_data,
         }
 
 
@@ -241,21 +246,23 @@ def state_to_resume(
     Raises:
         ValueError: it cannot be read, is of another program, or differs from `config` in one of `keys`.
     """
-    state, where, remedy = (
-        checkpoints.load_latest(),
-        f"{Path(config.output_dir).absolute()} holds",
-        "--output_dir",
-    )
+    state, flag, path = checkpoints.load_latest(), "--output_dir", config.output_dir
     if state is None and config.resume:
-        state, where, remedy = (
-            checkpoints.load(config.resume),
-            f"{Path(config.resume).absolute()} is of",
-            "--resume",
-        )
+        flag, path = "--resume", config.resume
+        if Path(path).is_file():
+            init = [f"--{option.name}" for option in fields(config) if option.name.startswith("init_")]
+            raise ValueError(
+                f"{Path(path).absolute()} is a file, --resume takes a folder checkpoints/step_… of a run"
+                + (f"; to start a new run from its weights use {' or '.join(init)}" if init else "")
+            )
+        state = checkpoints.load(path)
+    saved = (state.get("config") or {}) if state else {}
     for key in keys if state else ():
-        saved = state.get("config") or {}
         if key not in saved:
-            raise ValueError(f"{where} another kind of run, without {key}: choose another {remedy}")
-        if saved[key] != (here := getattr(config, key)):
-            raise ValueError(f"{where} a run with {key} {saved[key]}, not {here}: choose another {remedy}")
+            found = f"another kind of run, without {key}"
+        elif saved[key] != getattr(config, key):
+            found = f"a run with {key} {saved[key]}, not {getattr(config, key)}"
+        else:
+            continue
+        raise ValueError(f"{Path(path).absolute()} is of {found}: choose another {flag}")
     return state
