@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from tiny_training import ALONE, equal, full_disk, squares, step_images, tiny_model, weights, zero
+from helpers import ALONE, equal, full_disk, squares, step_images, tiny_model, weights, zero
 
 from pixio.engine import checkpoint as checkpoint_module
 from pixio.engine.checkpoint import Checkpoints, Interval, materialize, read_checkpoint, restore

@@ -20,6 +20,7 @@ import pixio
 from pixio.engine.ranks import find_ranks
 from pixio.synthetic.trees import write_tree
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "pixio_vitpico16_enc128x6h4_dec128x2h4"
 TINY = f"--model {MODEL} --input_size 32 --mask_grid 1 --batch_size 2 --dtype fp32 --lr 1e-3 --device cpu"

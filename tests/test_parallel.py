@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from helpers import ALONE
 from safetensors.torch import load_file
 from students import Batch, Objective, Student, StudentTrainer
 from teachers import teacher_tokens
@@ -25,6 +26,7 @@ from pixio.engine.ranks import Ranks
 from pixio.engine.runtime import Runtime, start_runtime
 from pixio.engine.step import accumulate
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -136,14 +138,13 @@ def shards_of_a_model(runtime: Runtime) -> dict[str, Tensor]:
 def runs(tmp_path_factory) -> dict:
     """What each way of running gave on each of its ranks, by its name."""
     folder = tmp_path_factory.mktemp("parallel")
-    alone = Runtime(torch.device("cpu"))
     found = {
-        "one": [pretrain(alone, folder / "from-one", range(STEPS))],
-        "one distillation": [distil(alone)],
+        "one": [pretrain(ALONE, folder / "from-one", range(STEPS))],
+        "one distillation": [distil(ALONE)],
         "folder": folder,
     }
     mp.spawn(two_ranks, (folder,), nprocs=2)
-    found["one from fsdp2"] = [pretrain(alone, folder / "from-fsdp2", range(SAVED, STEPS))]
+    found["one from fsdp2"] = [pretrain(ALONE, folder / "from-fsdp2", range(SAVED, STEPS))]
     mp.spawn(four_ranks, (folder,), nprocs=4)
     for name, ranks in (("two", 2), ("four", 4)):
         for rank in range(ranks):
@@ -197,7 +198,7 @@ def test_shards_of_nodes_with_copies_are_put_together_once(runs):
     """Also of tensors with fewer rows than ranks."""
     path = runs["folder"] / "from-hybrid4" / "step_00000001"
     saved = materialize(read_checkpoint(path)["model"])
-    expected = shards_of_a_model(Runtime(torch.device("cpu")))
+    expected = shards_of_a_model(ALONE)
     assert saved.keys() == expected.keys()
     assert all(torch.equal(saved[name], expected[name]) for name in saved)
     written = sum(
@@ -250,7 +251,7 @@ class Live(TorchDispatchMode):
 def measured(dtype: str, checkpointing: bool) -> tuple[Live, int, nn.Module]:
     """Bytes alive after the forward pass and at the worst moment of a real step of 8 images."""
     model = pixio.create_model(SMALL)
-    Runtime(torch.device("cpu")).wrap(model, activation_checkpointing=checkpointing)
+    ALONE.wrap(model, activation_checkpointing=checkpointing)
     images = torch.rand(8, 3, 256, 256)
     live = Live([images, *model.parameters()])
     with live:

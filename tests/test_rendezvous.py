@@ -10,9 +10,12 @@ from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
+from helpers import free_port
 
 from pixio.engine import rendezvous as rendezvous_module
 from pixio.engine.rendezvous import Watchdog
+
+pytestmark = pytest.mark.slow
 
 HANG = """
 import sys, time
@@ -53,10 +56,7 @@ def run_ranks(
     started: int, world_size: int, minutes: float, instant: str, first: int = 0
 ) -> list[tuple[int, str]]:
     """Exit status and last words of each of the ranks that are started."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [str(word) for word in (world_size, port, minutes, instant)]
+    words = [str(word) for word in (world_size, free_port(), minutes, instant)]
     ranks = [
         subprocess.Popen([sys.executable, "-c", HANG, str(rank), *words], stderr=subprocess.PIPE, text=True)
         for rank in range(first, first + started)

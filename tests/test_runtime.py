@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_training import ALONE
+from helpers import ALONE
 from torch import nn
 
 from pixio.engine.ranks import Ranks

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
+from helpers import ALONE, equal, squares, step_images, tiny_model, weights
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_training import ALONE, equal, squares, step_images, tiny_model, weights
 from torch import nn
 
 from pixio.engine.optim import make_adamw, set_lr

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.multiprocessing as mp
-from tiny_training import ALONE, equal, full_disk, squares, step_images, tiny_model, weights, zero
+from helpers import ALONE, equal, full_disk, squares, step_images, tiny_model, weights, zero
 from torch import nn
 
 from pixio.engine import checkpoint as checkpoint_module
@@ -19,6 +19,7 @@ from pixio.engine.runtime import start_runtime
 from pixio.engine.step import NonFiniteLoss, accumulate
 from pixio.engine.training import TrainConfig, state_to_resume
 
+pytestmark = pytest.mark.slow
 STEPS = 3
 
 
