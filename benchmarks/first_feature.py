@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import pixio
-from pixio.weights.export import convert
+from pixio.weights.export import export
 
 STAGES = ("import", "load", "forward", "total")  # total counts the start of the interpreter too
 SIDES = {
@@ -63,8 +63,9 @@ def main() -> None:
     runs = parser.parse_args().runs
     with tempfile.TemporaryDirectory() as folder:
         paths = {"pixio": Path(folder) / "pixio_vitb16.pth", "transformers": Path(folder) / "transformers"}
-        torch.save(pixio.pixio_vitb16().state_dict(), paths["pixio"])
-        convert(paths["pixio"], paths["transformers"], "transformers")
+        model = pixio.pixio_vitb16()
+        torch.save(model.state_dict(), paths["pixio"])
+        export(model, paths["transformers"], "transformers")
         rounds = [{side: measure(side, paths[side]) for side in SIDES} for _ in range(runs + 1)][1:]
     medians = {
         side: [statistics.median(stage) for stage in zip(*(times[side] for times in rounds), strict=True)]

@@ -54,9 +54,12 @@ class Convert:
     size: tuple[int, int] | None = option(None, "onnx: pixels; any when left out", metavar=("H", "W"), ge=1)
 
     def run(self) -> None:
-        from pixio.weights.export import convert
+        import pixio
+        from pixio.weights.export import check_target, export
 
-        print(convert(self.source, self.target, self.to, self.num_heads, self.batch, self.size))
+        check_target(self.target, self.to)  # before anything is downloaded
+        model = pixio.from_pretrained(self.source, self.num_heads, dtype=None)
+        print(export(model, self.target, self.to, self.batch, self.size))
 
 
 @dataclass(frozen=True, kw_only=True)

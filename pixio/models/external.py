@@ -23,7 +23,7 @@ from pixio.files import read_json
 from pixio.images.normalization import IMAGENET_MEAN, IMAGENET_STD
 from pixio.models import registry
 from pixio.models.encoder import PixioViT
-from pixio.weights import reading as weights
+from pixio.weights import loading, reading
 
 _IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
 _TIMM_MODULES = ("vision_transformer", "eva", "deit")  # plain vision transformers that take any input size
@@ -86,11 +86,15 @@ def _load_pixio(name: str, pretrained: str | Path | None, options: dict[str, Any
             f"unknown encoder '{name}': {hint}choose one of {', '.join(registry.list_models())}, "
             "timm/NAME or hf/FOLDER"
         )
-    if pretrained is not None:
-        state, _ = weights.read_encoder(pretrained)
-        sizes = weights.infer_sizes(state, pretrained)
-        options = {key: sizes[key] for key in ("img_size", "n_cls_tokens")} | options
-    return registry.create_model(name, pretrained, **options)
+    if pretrained is None:
+        return registry.create_model(name, **options)
+    state, named_heads = reading.read_encoder(pretrained)
+    sizes = loading.infer_sizes(state, pretrained)
+    with torch.device("meta"):
+        model = registry.create_model(
+            name, **{key: sizes[key] for key in ("img_size", "n_cls_tokens")} | options
+        )
+    return registry.fill_encoder(model, state, named_heads, pretrained)
 
 
 class _Adaptor(nn.Module):
@@ -204,7 +208,7 @@ def _load_timm(model: nn.Module, path: str | Path, name: str) -> None:
     """Load a weight file strictly, but for a classifier's head, which the encoder has none of."""
     convert = importlib.import_module(type(model).__module__).checkpoint_filter_fn
     try:
-        state = convert(weights.read_file(path), model)
+        state = convert(reading.read_file(path), model)
         state = {key: value for key, value in state.items() if not key.startswith(("head.", "head_dist."))}
         model.load_state_dict(state)
     except (RuntimeError, AttributeError, KeyError, TypeError) as error:  # a converter may stumble anywhere

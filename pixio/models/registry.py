@@ -1,11 +1,4 @@
-"""The table of models: every encoder, and every encoder with the decoder it is pre-trained with.
-
-Released sizes carry published weights; `femto`, `pico`, `ti` and `s` are ours, for laptops and single GPUs,
-and carry none. A pre-training name holds both halves:
-`enc<width>x<blocks>h<heads>_dec<width>x<blocks>h<heads>`. The published recipes use the 512-wide, 32-block
-decoder; at equal batch it costs 7 % of the FLOPs beside the 5B encoder but 80 % beside B, so small encoders
-get a lighter one here.
-"""
+"""Models by name: built, filled from any source of weights, and listed; the table is `builders`."""
 
 import difflib
 from collections.abc import Callable
@@ -16,7 +9,8 @@ import torch
 
 from pixio.models.encoder import PixioViT
 from pixio.models.mae import PixioMAE
-from pixio.weights import reading as weights
+from pixio.weights import loading, reading
+from pixio.weights.key_mapping import State
 
 _ENCODERS: dict[str, Callable[..., PixioViT]] = {}
 _MAES: dict[str, Callable[..., PixioMAE]] = {}
@@ -24,15 +18,17 @@ _HEADS: dict[tuple[int, int], int] = {}  # (width, blocks) -> heads
 _MAE_OPTIONS = ("mask_grid", "norm_pix_loss")
 
 
-def _encoder(name: str, width: int, blocks: int, heads: int) -> Callable[..., PixioViT]:
+def encoder_builder(name: str, width: int, blocks: int, heads: int) -> Callable[..., PixioViT]:
+    """Register an encoder; returns the function that builds it."""
+
     def build(pretrained: str | Path | None = None, **options: Any) -> PixioViT:
         options = {"embed_dim": width, "depth": blocks, "num_heads": heads} | options
         if pretrained is None:
             return PixioViT(**options)
+        state, named_heads = reading.read_encoder(pretrained)
         with torch.device("meta"):
             model = PixioViT(**options)
-        weights.load_encoder(model, pretrained)
-        return model
+        return fill_encoder(model, state, named_heads, pretrained)
 
     build.__name__ = build.__qualname__ = name
     build.__doc__ = f"""Encoder of width {width}, {blocks} blocks, {heads} heads.
@@ -51,8 +47,9 @@ def _encoder(name: str, width: int, blocks: int, heads: int) -> Callable[..., Pi
     return build
 
 
-def _mae(name: str, encoder: Callable[..., PixioViT]) -> Callable[..., PixioMAE]:
-    width, blocks, heads = weights.parse_heads(name)["decoder"]
+def mae_builder(name: str, encoder: Callable[..., PixioViT]) -> Callable[..., PixioMAE]:
+    """Register an encoder with the decoder that `name` describes; returns the function that builds both."""
+    width, blocks, heads = reading.parse_name(name)["decoder"]
 
     def build(pretrained: str | Path | None = None, **options: Any) -> PixioMAE:
         decoder = {"decoder_embed_dim": width, "decoder_depth": blocks, "decoder_num_heads": heads}
@@ -68,27 +65,6 @@ def _mae(name: str, encoder: Callable[..., PixioViT]) -> Callable[..., PixioMAE]
     """
     _MAES[name] = build
     return build
-
-
-pixio_vitfemto16 = _encoder("pixio_vitfemto16", 64, 4, 2)
-pixio_vitpico16 = _encoder("pixio_vitpico16", 128, 6, 4)
-pixio_vitti16 = _encoder("pixio_vitti16", 192, 12, 3)
-pixio_vits16 = _encoder("pixio_vits16", 384, 12, 6)
-pixio_vitb16 = _encoder("pixio_vitb16", 768, 12, 12)
-pixio_vitl16 = _encoder("pixio_vitl16", 1024, 24, 16)
-pixio_vith16 = _encoder("pixio_vith16", 1280, 32, 16)
-pixio_vit1b16 = _encoder("pixio_vit1b16", 1536, 48, 24)
-pixio_vit5b16 = _encoder("pixio_vit5b16", 3072, 48, 32)
-
-pixio_vitfemto16_enc64x4h2_dec64x1h2 = _mae("pixio_vitfemto16_enc64x4h2_dec64x1h2", pixio_vitfemto16)
-pixio_vitpico16_enc128x6h4_dec128x2h4 = _mae("pixio_vitpico16_enc128x6h4_dec128x2h4", pixio_vitpico16)
-pixio_vitti16_enc192x12h3_dec128x4h4 = _mae("pixio_vitti16_enc192x12h3_dec128x4h4", pixio_vitti16)
-pixio_vits16_enc384x12h6_dec256x4h8 = _mae("pixio_vits16_enc384x12h6_dec256x4h8", pixio_vits16)
-pixio_vitb16_enc768x12h12_dec512x8h16 = _mae("pixio_vitb16_enc768x12h12_dec512x8h16", pixio_vitb16)
-pixio_vitl16_enc1024x24h16_dec512x16h16 = _mae("pixio_vitl16_enc1024x24h16_dec512x16h16", pixio_vitl16)
-pixio_vith16_enc1280x32h16_dec512x32h16 = _mae("pixio_vith16_enc1280x32h16_dec512x32h16", pixio_vith16)
-pixio_vit1b16_enc1536x48h24_dec512x32h16 = _mae("pixio_vit1b16_enc1536x48h24_dec512x32h16", pixio_vit1b16)
-pixio_vit5b16_enc3072x48h32_dec512x32h16 = _mae("pixio_vit5b16_enc3072x48h32_dec512x32h16", pixio_vit5b16)
 
 
 def list_models(pretraining: bool = False) -> list[str]:
@@ -110,34 +86,93 @@ def create_model(name: str, pretrained: str | Path | None = None, **options: Any
     return builders[name](pretrained, **options)
 
 
-def from_pretrained(source: str | Path, num_heads: int | None = None, **options: Any) -> PixioViT:
+def from_pretrained(
+    source: str | Path,
+    num_heads: int | None = None,
+    dtype: torch.dtype | None = torch.float32,
+    **options: Any,
+) -> PixioViT:
     """Build the encoder that a file, folder or Hugging Face repository holds, and load it.
 
     Args:
         source: as `pretrained` of the builders.
         num_heads: for sizes that are not in `list_models`, where the source does not name the heads either.
+        dtype: of the weights; None = as stored.
         **options: further arguments of `PixioViT`, such as `drop_path`.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: see `pixio.weights.reading`; and unknown heads.
     """
-    state, sizes = read_model(source, num_heads)
-    with torch.device("meta"):
-        model = PixioViT(**{**sizes, **options})
-    weights.assign(model, state, source)
-    return model
-
-
-def read_model(source: str | Path, num_heads: int | None = None) -> tuple[weights.State, dict[str, Any]]:
-    """The state dict of a source and all arguments of `PixioViT` it was made with; see `from_pretrained`."""
-    state, named = weights.read_encoder(source)
-    sizes = weights.infer_sizes(state, source)
-    if num_heads and named and num_heads != named:
-        raise ValueError(f"num_heads {num_heads}, but {source} was made with {named} heads")
-    heads = num_heads or named or _HEADS.get((sizes["embed_dim"], sizes["depth"]))
+    state, named_heads = reading.read_encoder(source)
+    sizes = loading.infer_sizes(state, source)
+    heads = num_heads or named_heads or _HEADS.get((sizes["embed_dim"], sizes["depth"]))
     if heads is None:
         raise ValueError(
             f"{source}: width {sizes['embed_dim']} with {sizes['depth']} blocks is none of the known models, "
             "and heads cannot be read off tensors: pass num_heads"
         )
-    return state, {**sizes, "num_heads": heads}
+    with torch.device("meta"):
+        model = PixioViT(**{**sizes, "num_heads": heads, **options})
+    return fill_encoder(model, state, named_heads, source, dtype)
+
+
+def fill_encoder(
+    model: PixioViT,
+    state: State,
+    named_heads: int | None,
+    source: str | Path,
+    dtype: torch.dtype | None = torch.float32,
+) -> PixioViT:
+    """Load what `read_encoder` returned into a model of exactly its sizes, which may be on the meta device.
+
+    Raises:
+        ValueError: another number of heads, or any missing, unexpected or differently shaped tensor.
+    """
+    if named_heads and named_heads != model.num_heads:
+        raise ValueError(f"{source} was made with {named_heads} heads, the model has {model.num_heads}")
+    loading.assign(model, state, source, dtype)
+    return model
+
+
+def load_mae(
+    path: str | Path, num_heads: int | None = None, decoder_num_heads: int | None = None, **options: Any
+) -> PixioMAE:
+    """Rebuild encoder and decoder from a training checkpoint, ours or the release's.
+
+    Sizes are read off the tensors. Numbers of heads leave no trace in them: they come from the model's name
+    in the checkpoint's configuration, or from the arguments.
+
+    Args:
+        path: training checkpoint.
+        num_heads: encoder heads, if the file does not name its model.
+        decoder_num_heads: likewise for the decoder.
+        **options: further arguments of `PixioViT`, `mask_grid`, `norm_pix_loss`; by default as in the
+        checkpoint.
+
+    Raises:
+        FileNotFoundError, ValueError: see `from_pretrained`; an encoder-only file; unknown heads.
+    """
+    content = reading.read_file(path)
+    encoder_state, decoder_state = reading.split_state(content, path)
+    if "decoder_embed.weight" not in decoder_state:
+        raise ValueError(f"{path} has no decoder: it is an encoder file; give a training checkpoint")
+    config = reading.training_config(content)
+    named = reading.parse_name(str(config.get("model", "")))
+    num_heads = num_heads or named.get("encoder", (0, 0, 0))[2]
+    decoder_num_heads = decoder_num_heads or named.get("decoder", (0, 0, 0))[2]
+    if not num_heads or not decoder_num_heads:
+        raise ValueError(
+            f"{path} does not name its model, and heads cannot be read off tensors: "
+            "pass num_heads and decoder_num_heads (the published decoder has 16)"
+        )
+    sizes = loading.infer_sizes(encoder_state, path)
+    mask_grid = options.pop("mask_grid", config.get("mask_grid", 4))
+    norm_pix_loss = options.pop("norm_pix_loss", config.get("norm_pix_loss", True))
+    width = decoder_state["decoder_embed.weight"].shape[0]
+    blocks = loading.count_blocks(decoder_state, "decoder_blocks")
+    with torch.device("meta"):
+        encoder = PixioViT(**{**sizes, "num_heads": num_heads, **options})
+        model = PixioMAE(encoder, width, blocks, decoder_num_heads, mask_grid, norm_pix_loss)
+    state = {f"encoder.{key}": value for key, value in encoder_state.items()} | decoder_state
+    loading.assign(model, state, path)
+    return model

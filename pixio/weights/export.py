@@ -5,20 +5,17 @@ converting back gives every bit. Letters: B images, H x W pixels, N patches, C c
 """
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pixio.files import temporary_path
-from pixio.models.encoder import PixioViT
-from pixio.models.layers import NORM_EPS
-from pixio.models.registry import read_model
+from pixio.files import temporary_path, write_json
+from pixio.images.normalization import IMAGENET_MEAN, IMAGENET_STD
 from pixio.weights import key_mapping
 from pixio.weights.key_mapping import State
-from pixio.weights.reading import assign, check_fit
+from pixio.weights.loading import sizes_of
 
 FORMATS = ("pth", "safetensors", "transformers", "timm", "onnx")
 ONNX_OUTPUTS = ("patch_tokens", "cls_tokens", "patch_tokens_norm", "cls_tokens_norm")
@@ -26,23 +23,21 @@ _ONNX_INLINE = 2**30  # bytes of weights kept in the file itself; the format end
 _BICUBIC = 3  # of PIL.Image.Resampling
 
 
-def convert(
-    source: str | Path,
+def export(
+    model: nn.Module,
     target: str | Path,
     to: str,
-    num_heads: int | None = None,
     batch: int | None = None,
     size: tuple[int, int] | None = None,
 ) -> str:
-    """Convert the encoder of any source that `pixio.from_pretrained` takes.
+    """Write an encoder for another library, in the precision its weights have.
 
     Args:
-        source: file, folder or Hugging Face repository; of a training checkpoint the encoder alone is taken.
+        model: a `PixioViT`; `pixio.from_pretrained(source, dtype=None)` keeps the precision of its source.
         target: file or folder to make; its parent exists, itself it does not.
-        to: `pth` (the released layout), `safetensors` (likewise), `transformers` (a folder for `AutoModel`,
+        to: `pth` (the released keys), `safetensors` (likewise), `transformers` (a folder for `AutoModel`,
             `AutoBackbone` and `AutoImageProcessor` of every version with Pixio), `timm` (for a
-            `VisionTransformer` with registers; as safetensors if the target ends so) or `onnx`.
-        num_heads: where neither the source nor its size tells; see `pixio.from_pretrained`.
+            `VisionTransformer` with registers; as safetensors if the target ends so) or `onnx` (float32).
         batch: images per batch of an `onnx` model; None = any number.
         size: (height, width) in pixels of its images; None = any multiples of the patch size.
 
@@ -50,25 +45,18 @@ def convert(
         A line of Python that loads the result.
 
     Raises:
-        FileNotFoundError, ValueError, ImportError: see `pixio.from_pretrained`; an unknown format.
-        FileExistsError: the target exists.
+        ValueError: an unknown format, or one that cannot hold this model.
+        FileExistsError, FileNotFoundError: the target exists, or its parent does not.
+        ImportError: a library that the format needs is missing.
     """
-    if to not in FORMATS:
-        raise ValueError(f"unknown format '{to}': choose one of {', '.join(FORMATS)}")
+    check_target(target, to)
+    target = Path(target)
     if to != "onnx" and (batch or size):
         raise ValueError(f"batch and size belong to onnx; a {to} model takes any")
-    source, target = str(source), Path(target)
-    if to in ("pth", "safetensors") and (to == "safetensors") != (target.suffix == ".safetensors"):
-        raise ValueError(f"{target} as {to}: files are told by their ending, name it {target.stem}.{to}")
-    _check_new(target)
-    state, sizes = read_model(source, num_heads)
-    with torch.device("meta"):
-        model = PixioViT(**sizes)
-    check_fit(model, state, source)
     if to == "onnx":
-        assign(model, state, source)
-        write_onnx(model, target, batch, size)
+        write_onnx(model.float(), target, batch, size)
         return f"onnxruntime.InferenceSession({str(target)!r})"
+    state, sizes = model.state_dict(), {**sizes_of(model), "num_heads": model.num_heads}
     with temporary_path(target) as path:
         if to == "transformers":
             _write_transformers(state, sizes, path)
@@ -85,7 +73,7 @@ def timm_arguments(sizes: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `timm.create_model` for a model that an encoder of these sizes loads into.
 
     Args:
-        sizes: all arguments of `PixioViT`, as from `pixio.models.registry.read_model`.
+        sizes: all arguments of `PixioViT`.
     """
     return {
         "model_name": "vit_base_patch16_224",
@@ -96,7 +84,7 @@ def timm_arguments(sizes: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_onnx(
-    model: PixioViT, target: str | Path, batch: int | None = None, size: tuple[int, int] | None = None
+    model: nn.Module, target: str | Path, batch: int | None = None, size: tuple[int, int] | None = None
 ) -> None:
     """Write an encoder as an ONNX model from `images` to the four features of the last block.
 
@@ -104,7 +92,7 @@ def write_onnx(
     of more than 1 GiB go to a second file beside, `<target>.data`.
 
     Args:
-        model: float32, in memory.
+        model: a `PixioViT`, float32.
         target: file to make.
         batch: B; None = any number.
         size: (H, W) in pixels; None = any multiples of the patch size.
@@ -121,7 +109,7 @@ def write_onnx(
     model.grid_of(*size)
     images = torch.zeros(batch or 2, model.in_chans, *size)
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    _check_new(Path(target))
+    check_target(target, "onnx")
     with temporary_path(Path(target)) as path:
         torch.onnx.export(
             _LastBlock(model).eval(),
@@ -137,7 +125,7 @@ def write_onnx(
 
 
 class _LastBlock(nn.Module):
-    def __init__(self, model: PixioViT):
+    def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
@@ -163,26 +151,15 @@ def _write_tensors(state: State, path: Path, safe: bool) -> None:
 
 
 def _write_transformers(state: State, sizes: dict[str, Any], folder: Path) -> None:
-    from pixio.images.normalization import IMAGENET_MEAN, IMAGENET_STD  # needs more than torch
-
     if sizes["mlp_ratio"] != int(sizes["mlp_ratio"]):
-        raise ValueError(f"transformers' Pixio has whole MLP ratios only, this model {sizes['mlp_ratio']}")
+        raise ValueError(f"transformers' Pixio has integer MLP ratios only, this model {sizes['mlp_ratio']}")
     dtype = functools.reduce(torch.promote_types, (value.dtype for value in state.values()))
     config = {
+        **key_mapping.transformers_config(sizes),
         "architectures": ["PixioModel"],
-        "model_type": "pixio",
         "dtype": str(dtype).removeprefix("torch."),
-        "hidden_size": sizes["embed_dim"],
-        "num_hidden_layers": sizes["depth"],
         "num_attention_heads": sizes["num_heads"],
         "mlp_ratio": int(sizes["mlp_ratio"]),
-        "hidden_act": "gelu",
-        "qkv_bias": True,
-        "layer_norm_eps": NORM_EPS,
-        "image_size": sizes["img_size"],
-        "patch_size": sizes["patch_size"],
-        "num_channels": sizes["in_chans"],
-        "n_cls_tokens": sizes["n_cls_tokens"],
     }
     preprocessor = {
         "image_processor_type": "BitImageProcessor",
@@ -200,11 +177,18 @@ def _write_transformers(state: State, sizes: dict[str, Any], folder: Path) -> No
     folder.mkdir()
     _write_tensors(key_mapping.to_transformers(state), folder / "model.safetensors", safe=True)
     for name, content in (("config.json", config), ("preprocessor_config.json", preprocessor)):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        write_json(folder / name, content)
 
 
-def _check_new(target: Path) -> None:
-    """Raise what `convert` says about its target."""
+def check_target(target: str | Path, to: str) -> None:
+    """Raise what `export` says about its format and target."""
+    target = Path(target)
+    if to not in FORMATS:
+        raise ValueError(f"unknown format '{to}': choose one of {', '.join(FORMATS)}")
+    if to in ("pth", "safetensors") and (to == "safetensors") != (target.suffix == ".safetensors"):
+        raise ValueError(
+            f"{target} as {to}: a file's format is inferred from its suffix, name it {target.stem}.{to}"
+        )
     if target.exists():
         raise FileExistsError(f"{target} exists: remove it or choose another name")
     if not target.parent.is_dir():

@@ -1,4 +1,4 @@
-"""Key layouts of other libraries: a Pixio state dict from theirs, and theirs from it, tensors untouched.
+"""Key mappings: a Pixio state dict from those of other libraries, and theirs from it, tensors untouched.
 
 Known: transformers (https://github.com/huggingface/transformers), whose names differ between versions and
 between `PixioModel` and `PixioBackbone`, and timm (https://github.com/huggingface/pytorch-image-models),
@@ -7,6 +7,7 @@ D width.
 """
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def from_transformers(state: State) -> State:
         if (layer := _LAYER.fullmatch(inner)) and layer[2] in _OURS:
             name = f"blocks.{layer[1]}.{_OURS[layer[2]]}.{layer[3]}"
         if name in ours:
-            raise ValueError(f"{key} and another key both hold {name}: the file mixes two layouts")
+            raise ValueError(f"{key} and another key both hold {name}: the file mixes two namings")
         ours[name] = value
     for query in [name for name in ours if ".attn.q." in name]:
         names = [query.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
@@ -91,6 +92,23 @@ def to_transformers(state: State) -> State:
             theirs[stem[key]] = value
     # A copy, not a second name: safetensors writes no tensor twice.
     return theirs | {f"pixio.layernorm.{leaf}": state[f"norm.{leaf}"].clone() for leaf in ("weight", "bias")}
+
+
+def transformers_config(sizes: dict[str, Any]) -> dict[str, Any]:
+    """The fields of transformers' `PixioConfig`, but for the heads; sizes as from `infer_sizes`."""
+    return {
+        "model_type": "pixio",
+        "hidden_size": sizes["embed_dim"],
+        "num_hidden_layers": sizes["depth"],
+        "mlp_ratio": sizes["mlp_ratio"],
+        "image_size": sizes["img_size"],
+        "patch_size": sizes["patch_size"],
+        "num_channels": sizes["in_chans"],
+        "n_cls_tokens": sizes["n_cls_tokens"],
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "qkv_bias": True,
+    }
 
 
 def is_timm(state: State) -> bool:

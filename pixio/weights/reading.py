@@ -12,18 +12,16 @@ from pathlib import Path, PosixPath
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pixio.files import read_json
-from pixio.models.encoder import PixioViT
-from pixio.models.layers import NORM_EPS
-from pixio.models.mae import PixioMAE
 from pixio.weights import key_mapping
 from pixio.weights.key_mapping import State
+from pixio.weights.loading import infer_sizes, some
 
 _WRAPPERS = ("module.", "_orig_mod.")  # left in keys by DistributedDataParallel and torch.compile
 _DECODER = re.compile(r"decoder_|mask_token$")
-_HEADS = re.compile(r"enc(\d+)x(\d+)h(\d+)_dec(\d+)x(\d+)h(\d+)$")
+_NAME = re.compile(r"enc(\d+)x(\d+)h(\d+)_dec(\d+)x(\d+)h(\d+)$")
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -103,7 +101,7 @@ def split_state(content: dict[str, Any], source: str | Path) -> tuple[State, Sta
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
-        raise ValueError(f"{source} holds no state dict: its top-level keys are {_some(content)}")
+        raise ValueError(f"{source} holds no state dict: its top-level keys are {some(content)}")
     state = {_unwrapped(key): value for key, value in state.items()}
     if key_mapping.is_transformers(state):
         return key_mapping.from_transformers(state), {}
@@ -139,7 +137,7 @@ def read_encoder(source: str | Path) -> tuple[State, int | None]:
         path = _download(str(source))
     if not path.is_dir() or _is_checkpoint(path):
         content = read_file(path)
-        named = parse_heads(str(_training_config(content).get("model", ""))).get("encoder")
+        named = parse_name(str(training_config(content).get("model", ""))).get("encoder")
         return split_state(content, source)[0], named and named[2]
     state, _ = split_state(_read_folder(path), source)
     config_file = path / "config.json"
@@ -147,10 +145,20 @@ def read_encoder(source: str | Path) -> tuple[State, int | None]:
     return state, _check_config(config, state, config_file) if "model_type" in config else None
 
 
-def _training_config(content: dict[str, Any]) -> dict[str, Any]:
+def training_config(content: dict[str, Any]) -> dict[str, Any]:
+    """The configuration in a training checkpoint's content, ours or the release's; empty if there is none."""
     config = content.get("config", content.get("args", {}))
     config = vars(config) if isinstance(config, argparse.Namespace) else config
     return config if isinstance(config, dict) else {}
+
+
+def parse_name(name: str) -> dict[str, tuple[int, int, int]]:
+    """(width, blocks, heads) of `encoder` and `decoder` in a pre-training name; empty for other texts."""
+    found = _NAME.search(name)
+    if not found:
+        return {}
+    numbers = tuple(map(int, found.groups()))
+    return {"encoder": numbers[:3], "decoder": numbers[3:]}
 
 
 def _download(repository: str) -> Path:
@@ -200,12 +208,12 @@ def _read_folder(folder: Path) -> dict[str, Any]:
         for name, shard in shards.items():
             listed = {key for key, file in weight_map.items() if file == name}
             if odd := listed ^ shard.keys():
-                raise ValueError(f"{folder / name} and {index} disagree on {_some(odd)}; download both again")
+                raise ValueError(f"{folder / name} and {index} disagree on {some(odd)}; download both again")
         return {key: value for shard in shards.values() for key, value in shard.items()}
     found = sorted(file.name for file in folder.iterdir() if file.suffix in _SUFFIXES)
     if _SINGLE not in found and len(found) != 1:
         raise FileNotFoundError(
-            f"{folder} holds {_some(found) or 'no weight file'}; expected {_SINGLE}, {_INDEX} with its "
+            f"{folder} holds {some(found) or 'no weight file'}; expected {_SINGLE}, {_INDEX} with its "
             f"shards, or one file ending in {', '.join(_SUFFIXES)}: name the file"
         )
     return read_file(_inside(folder, _SINGLE if _SINGLE in found else found[0]))
@@ -223,194 +231,14 @@ def _inside(folder: Path, name: str, suffix: str = "") -> Path:
 
 
 def _check_config(config: dict[str, Any], state: State, path: Path) -> int | None:
-    """The heads that transformers' configuration names, after comparing all the rest with the tensors."""
+    """The heads that a configuration of transformers names, after comparing the rest with the tensors."""
     sizes = infer_sizes(state, path.parent)
-    size = sizes["img_size"]
-    known = {
-        "model_type": ("pixio",),
-        "hidden_size": (sizes["embed_dim"],),
-        "num_hidden_layers": (sizes["depth"],),
-        "mlp_ratio": (sizes["mlp_ratio"],),
-        "image_size": (size, [size, size]),
-        "patch_size": (sizes["patch_size"], [sizes["patch_size"]] * 2),
-        "num_channels": (sizes["in_chans"],),
-        "n_cls_tokens": (sizes["n_cls_tokens"],),
-        "hidden_act": ("gelu",),
-        "layer_norm_eps": (NORM_EPS,),
-        "qkv_bias": (True,),
-    }
-    for key, values in known.items():
-        if key in config and config[key] not in values:
+    for key, expected in key_mapping.transformers_config(sizes).items():
+        if key in config and config[key] not in (expected, [expected, expected]):
             raise ValueError(
-                f"{path}: {key} is {config[key]!r:.80}, expected {values[0]!r} for the tensors beside it"
+                f"{path}: {key} is {config[key]!r:.80}, expected {expected!r} for the tensors beside it"
             )
-    heads = config.get("num_attention_heads")
-    if heads is not None and (
-        type(heads) is not int or not 0 < heads <= sizes["embed_dim"] or sizes["embed_dim"] % heads
-    ):
+    heads, width = config.get("num_attention_heads"), sizes["embed_dim"]
+    if heads is not None and (type(heads) is not int or not 0 < heads <= width or width % heads):
         raise ValueError(f"{path}: num_attention_heads is {heads!r:.80}, which does not divide the width")
     return heads
-
-
-def load_encoder(model: PixioViT, source: str | Path) -> None:
-    """Load any source of `read_encoder` into `model`, which may be on the meta device.
-
-    The weights stay mapped from the file until they are used, so they are never held twice; half-precision
-    files are widened to float32.
-
-    Raises:
-        FileNotFoundError, ValueError, ImportError: see `read_encoder`; and any missing, unexpected or
-        differently shaped tensor, or another number of heads.
-    """
-    state, heads = read_encoder(source)
-    if heads and heads != model.num_heads:
-        raise ValueError(f"{source} was made with {heads} heads, the model has {model.num_heads}")
-    assign(model, state, source)
-
-
-def load_mae(
-    path: str | Path, num_heads: int | None = None, decoder_num_heads: int | None = None, **options: Any
-) -> PixioMAE:
-    """Rebuild encoder and decoder from a training checkpoint, ours or the release's.
-
-    Sizes are read off the tensors. Numbers of heads leave no trace in them: they come from the model's name
-    in the checkpoint's configuration, or from the arguments.
-
-    Args:
-        path: training checkpoint.
-        num_heads: encoder heads, if the file does not name its model.
-        decoder_num_heads: likewise for the decoder.
-        **options: further arguments of `PixioViT`, `mask_grid`, `norm_pix_loss`; by default as in the
-        checkpoint.
-
-    Raises:
-        FileNotFoundError, ValueError: see `load_encoder`; an encoder-only file; unknown heads.
-    """
-    content = read_file(path)
-    encoder_state, decoder_state = split_state(content, path)
-    if "decoder_embed.weight" not in decoder_state:
-        raise ValueError(f"{path} has no decoder: it is an encoder file; give a training checkpoint")
-    config = _training_config(content)
-    named = parse_heads(str(config.get("model", "")))
-    num_heads = num_heads or named.get("encoder", (0, 0, 0))[2]
-    decoder_num_heads = decoder_num_heads or named.get("decoder", (0, 0, 0))[2]
-    if not num_heads or not decoder_num_heads:
-        raise ValueError(
-            f"{path} does not name its model, and heads cannot be read off tensors: "
-            "pass num_heads and decoder_num_heads (the published decoder has 16)"
-        )
-    sizes = infer_sizes(encoder_state, path)
-    mask_grid = options.pop("mask_grid", config.get("mask_grid", 4))
-    norm_pix_loss = options.pop("norm_pix_loss", config.get("norm_pix_loss", True))
-    width, blocks = decoder_state["decoder_embed.weight"].shape[0], _depth(decoder_state, "decoder_blocks")
-    with torch.device("meta"):
-        encoder = PixioViT(**{**sizes, "num_heads": num_heads, **options})
-        model = PixioMAE(encoder, width, blocks, decoder_num_heads, mask_grid, norm_pix_loss)
-    assign(model, {f"encoder.{key}": value for key, value in encoder_state.items()} | decoder_state, path)
-    return model
-
-
-def parse_heads(name: str) -> dict[str, tuple[int, int, int]]:
-    """(width, blocks, heads) of `encoder` and `decoder` in a pre-training name; empty for other texts."""
-    found = _HEADS.search(name)
-    if not found:
-        return {}
-    numbers = tuple(map(int, found.groups()))
-    return {"encoder": numbers[:3], "decoder": numbers[3:]}
-
-
-def infer_sizes(state: State, source: str | Path) -> dict[str, Any]:
-    """Arguments of `PixioViT`, all but the heads, that a state dict was made with (square grids only)."""
-    try:
-        width, channels, patch_size, _ = state["patch_embed.proj.weight"].shape
-        n_cls_tokens, n_positions = state["cls_token"].shape[1], state["pos_embed"].shape[1]
-        hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
-    except (KeyError, ValueError, IndexError):
-        raise ValueError(f"{source} is not a Pixio encoder: its keys are {_some(state)}") from None
-    n_patches = n_positions - n_cls_tokens
-    side = round(max(n_patches, 0) ** 0.5)
-    if side * side != n_patches or min(width, channels, patch_size, hidden, side) < 1:
-        raise ValueError(
-            f"{source} is not a Pixio encoder: width {width}, {channels} channels, patches of {patch_size} "
-            f"pixels, MLP of {hidden}, {n_patches} patch positions (a square grid is expected)"
-        )
-    return {
-        "img_size": side * patch_size,
-        "patch_size": patch_size,
-        "in_chans": channels,
-        "embed_dim": width,
-        "depth": _depth(state, "blocks"),
-        "mlp_ratio": hidden / width,
-        "n_cls_tokens": n_cls_tokens,
-    }
-
-
-def _depth(state: State, blocks: str) -> int:
-    return len({key.split(".")[1] for key in state if key.startswith(f"{blocks}.")})
-
-
-def assign(model: nn.Module, state: State, source: str | Path) -> None:
-    """Make `state` the weights of `model` without a copy, after `check_fit`; half precision is widened."""
-    check_fit(model, state, source)
-    model.load_state_dict({key: value.float() for key, value in state.items()}, strict=True, assign=True)
-
-
-def check_fit(model: nn.Module, state: State, source: str | Path) -> None:
-    """Compare the names, shapes and kinds of the tensors of `state` with those of `model`.
-
-    Raises:
-        ValueError: they differ; the message says precisely how.
-    """
-    expected = model.state_dict()
-    complaints = []
-    if missing := expected.keys() - state.keys():
-        complaints.append(f"missing {_some(missing)}")
-    if unexpected := state.keys() - expected.keys():
-        complaints.append(f"unexpected {_some(unexpected)}")
-    shapes = [
-        f"{key} is {list(state[key].shape)}, expected {list(tensor.shape)}"
-        for key, tensor in expected.items()
-        if key in state and state[key].shape != tensor.shape
-    ]
-    if shapes:
-        complaints.append(f"other shapes: {_some(shapes)}")
-    if odd := [key for key, value in state.items() if not _is_plain(value)]:
-        complaints.append(f"not plain floating point: {_some(odd)}")
-    if complaints:
-        raise ValueError(
-            f"{source} does not fit this model: {'; '.join(complaints)}. {_advice(model, state)}"
-        )
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.layout == torch.strided and tensor.device.type == "cpu"
-
-
-def _advice(model: nn.Module, state: State) -> str:
-    encoder = getattr(model, "encoder", model)
-    found = {key.removeprefix("encoder."): value for key, value in state.items()}
-    try:
-        found = infer_sizes(found, "the file")
-    except ValueError as error:
-        return str(error)
-    ours = {
-        "img_size": encoder.img_size[0],
-        "patch_size": encoder.patch_size,
-        "in_chans": encoder.in_chans,
-        "embed_dim": encoder.embed_dim,
-        "depth": len(encoder.blocks),
-        "mlp_ratio": encoder.mlp_ratio,
-        "n_cls_tokens": encoder.n_cls_tokens,
-    }
-    different = [f"{key} {found[key]} (the model has {ours[key]})" for key in ours if found[key] != ours[key]]
-    if not different:
-        return "The file was perhaps saved by another version; save the encoder's state dict alone."
-    advice = f"The file was made with {', '.join(different)}: choose the model and options that match."
-    if found["img_size"] != ours["img_size"]:
-        advice += " Keep the file's img_size: positions are resized to other inputs at run time."
-    return advice
-
-
-def _some(names: Any, limit: int = 4) -> str:
-    names = sorted(map(str, names))
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

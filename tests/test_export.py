@@ -1,5 +1,6 @@
 """Weights out and back: transformers, timm, ONNX, torch.export give the native numbers; nothing is lost."""
 
+import importlib
 import json
 import runpy
 import subprocess
@@ -20,9 +21,9 @@ from transformers import AutoBackbone, AutoImageProcessor, AutoModel, PixioBackb
 
 import pixio
 from pixio import PixioViT
-from pixio.models.registry import read_model
 from pixio.weights import key_mapping
-from pixio.weights.export import ONNX_OUTPUTS, convert, timm_arguments
+from pixio.weights.export import ONNX_OUTPUTS, export, timm_arguments
+from pixio.weights.loading import sizes_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"img_size": 64, "embed_dim": 48, "depth": 4, "num_heads": 3}
@@ -40,6 +41,10 @@ def random_encoder(**options) -> PixioViT:
 def save(model: PixioViT, path: Path, dtype: torch.dtype = torch.float32) -> Path:
     torch.save({key: value.to(dtype) for key, value in model.state_dict().items()}, path)
     return path
+
+
+def convert(source, target, to, num_heads=None, **options) -> str:
+    return export(pixio.from_pretrained(source, num_heads, dtype=None), target, to, **options)
 
 
 def assert_same_state(first: dict, second: dict) -> None:
@@ -165,7 +170,7 @@ def test_half_precision_reaches_transformers_as_it_is(model, tmp_path):
 
 def test_a_fractional_mlp_ratio_is_refused_where_transformers_has_none(tmp_path):
     source = save(random_encoder(mlp_ratio=2.5), tmp_path / "encoder.pth")
-    with pytest.raises(ValueError, match=r"whole MLP ratios only, this model 2\.5"):
+    with pytest.raises(ValueError, match=r"integer MLP ratios only, this model 2\.5"):
         convert(source, tmp_path / "folder", "transformers", num_heads=3)
     assert [path.name for path in tmp_path.iterdir()] == ["encoder.pth"]
 
@@ -247,8 +252,8 @@ def test_timm_loads_the_file_strictly_by_name_and_gives_the_same_features(model,
 
 @torch.inference_mode()
 def test_a_timm_model_without_positions_for_class_tokens_loads_here(exchanged, tmp_path):
-    _, sizes = read_model(exchanged / "encoder.pth", num_heads=3)
-    twin = timm.create_model(**timm_arguments(sizes), no_embed_class=True).eval()
+    sizes = sizes_of(pixio.from_pretrained(exchanged / "encoder.pth", num_heads=3))
+    twin = timm.create_model(**timm_arguments(sizes | {"num_heads": 3}), no_embed_class=True).eval()
     torch.save(twin.state_dict(), tmp_path / "timm.pth")
     images = torch.randn(1, 3, 64, 64)
     ours = pixio.from_pretrained(tmp_path / "timm.pth", num_heads=3).forward_features(images)
@@ -318,8 +323,8 @@ def test_a_training_checkpoint_gives_its_encoder_and_needs_no_heads(model, tmp_p
     ("target", "options", "message"),
     [
         ("a.pth", {"to": "pht"}, r"unknown format 'pht': choose one of pth, safetensors"),
-        ("a.pth", {"to": "safetensors"}, r"told by their ending, name it a\.safetensors"),
-        ("a.safetensors", {"to": "pth"}, r"told by their ending, name it a\.pth"),
+        ("a.pth", {"to": "safetensors"}, r"inferred from its suffix, name it a\.safetensors"),
+        ("a.safetensors", {"to": "pth"}, r"inferred from its suffix, name it a\.pth"),
         ("a.pth", {"to": "pth", "batch": 2}, r"batch and size belong to onnx"),
         ("a.onnx", {"to": "onnx", "size": (64, 50)}, r"multiples of the patch size"),
         ("a", {"to": "transformers", "num_heads": None}, r"width 48 with 4 blocks.*pass num_heads"),
@@ -346,7 +351,7 @@ def test_transformers_names_are_renamed_without_a_remainder(model):
     state = key_mapping.to_transformers(model.state_dict())
     assert key_mapping.is_transformers(state)
     assert key_mapping.from_transformers(state).keys() == model.state_dict().keys()
-    with pytest.raises(ValueError, match="mixes two layouts"):
+    with pytest.raises(ValueError, match="mixes two namings"):
         key_mapping.from_transformers(state | {"layers.0.layernorm_before.weight": torch.zeros(48)})
 
 
@@ -425,6 +430,12 @@ def test_3d_adaptor_refuses_other_normalisations():
         PixioEncoder("pixio_vitpico16", data_norm_type="dust3r")
 
 
+def test_the_former_place_of_the_3d_encoder_still_works():
+    with pytest.warns(DeprecationWarning, match=r"now pixio\.models\.uniception"):
+        former = importlib.import_module("pixio.uniception")
+    assert former.PixioEncoder is importlib.import_module("pixio.models.uniception").PixioEncoder
+
+
 def test_everything_native_works_with_torch_alone(exchanged, tmp_path):
     """Imports of what torch does not bring are made to fail, as if it were not installed."""
     code = """
@@ -442,7 +453,7 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 warnings.simplefilter("ignore")  # torch remarks on the lack of numpy
 import torch, pixio, pixio.models.uniception
-from pixio.weights.export import convert
+from pixio.weights.export import export
 
 source, root, timm_file, safe_file = sys.argv[1:]
 images = torch.zeros(1, 3, 64, 64)
@@ -452,7 +463,7 @@ options = dict(img_size=64, embed_dim=48, depth=4, num_heads=3)
 again = torch.hub.load(root, "pixio_vitpico16", source="local", pretrained=source, **options)
 assert torch.equal(again.forward_features(images)["patch_tokens"], model(images)[-1]["patch_tokens"])
 pixio.create_model("pixio_vitpico16_enc128x6h4_dec128x2h4")(torch.zeros(1, 3, 256, 256)).loss.backward()
-convert(source, timm_file, "timm", num_heads=3)
+export(model, timm_file, "timm")
 assert pixio.from_pretrained(timm_file, num_heads=3).n_cls_tokens == 8
 for source, package in ((safe_file, "safetensors"), ("nobody/nothing", "huggingface_hub")):
     try:
