@@ -25,11 +25,11 @@ class BenchmarkConfig:
 
     encoder: str = option("pixio_vitb16", "pixio_… or timm/NAME, with random weights")
     head: Literal["linear", "dpt"] = option("linear", "kind of head")
-    height: int = option(426, "of the image, pixels")
-    width: int = option(560, "of the image, pixels")
-    size: int = option(256, "side of a window, pixels")
-    window_batch: int = option(16, "windows in a batch")
-    repeats: int = option(5, "measurements of either side")
+    height: int = option(426, "of the image, pixels", ge=1)
+    width: int = option(560, "of the image, pixels", ge=1)
+    size: int = option(256, "side of a window, pixels", ge=1)
+    window_batch: int = option(16, "windows in a batch", ge=1)
+    repeats: int = option(5, "measurements of either side", ge=1)
     device: str = option("auto", "auto, cpu, cuda, mps")
     dtype: Literal["bf16", "fp16", "fp32"] = option("fp32", "what autocast computes in")
 

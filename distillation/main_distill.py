@@ -55,16 +55,26 @@ class DistillConfig(TrainConfig):
     student_models: tuple[str, ...] = option(
         ("pixio_vit1b16", "pixio_vith16"), "encoders to train, see `pixio info`", aliases=("student_model",)
     )
-    n_cls_tokens: int | None = option(None, "class tokens of the students; by default the teacher's number")
+    n_cls_tokens: int | None = option(
+        None, "class tokens of the students; by default the teacher's number", ge=1
+    )
     loss_fn_cls: Literal["none", "cosine", "l1", "mse"] = option("cosine", "between class tokens")
     loss_fn_patch: Literal["cosine", "l1", "mse"] = option("cosine", "between patch tokens")
     loss_fuse: Literal["sum", "avg"] = option("avg", "terms weigh the same (avg), or tokens do (sum)")
-    mask_ratio: tuple[float, ...] = option((0.0,), "share of masked cells, per student; 0 = whole images")
-    mask_grid: int = option(4, "side of a masked cell in patches")
+    mask_ratio: tuple[float, ...] = option(
+        (0.0,), "share of masked cells, per student; 0 = whole images", ge=0, lt=1
+    )
+    mask_grid: int = option(4, "side of a masked cell in patches", ge=1)
     share_masks: bool = option(False, "draw one mask for all students (nested where ratios differ)")
-    drop_path: tuple[float, ...] = option((0.0,), "stochastic depth rate of the last block, per student")
-    lr: tuple[float, ...] | None = option(None, "peak learning rate, per student; by default from --blr")
-    blr: tuple[float, ...] = option((3.125e-5,), "peak learning rate per 256 images of a step, per student")
+    drop_path: tuple[float, ...] = option(
+        (0.0,), "stochastic depth rate of the last block, per student", ge=0, lt=1
+    )
+    lr: tuple[float, ...] | None = option(
+        None, "peak learning rate, per student; by default from --blr", gt=0
+    )
+    blr: tuple[float, ...] = option(
+        (3.125e-5,), "peak learning rate per 256 images of a step, per student", gt=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -34,20 +34,18 @@ class DepthConfig(DenseConfig):
     """Train a depth head on a frozen encoder, and measure it."""
 
     dataset: Literal["nyuv2", "kitti", "folder"] = option(help="which data set lies in --data_root")
-    min_depth: float = option(0.001, "nearest depth that counts, meters")
-    max_depth: float = option(10.0, "farthest depth that counts, and can be predicted; meters")
+    min_depth: float = option(0.001, "nearest depth that counts, meters", gt=0)
+    max_depth: float = option(10.0, "farthest depth that counts, and can be predicted; meters", gt=0)
     depth_scale: float | None = option(
-        None, "values of depth PNGs per meter; 1000 for folders (.npy files hold meters)"
+        None, "values of depth PNGs per meter; 1000 for folders (.npy files hold meters)", gt=0
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.min_depth < self.max_depth:
+        if self.min_depth >= self.max_depth:
             raise ValueError(
-                f"expected 0 < --min_depth < --max_depth, found {self.min_depth} and {self.max_depth}"
+                f"--min_depth {self.min_depth} must be below --max_depth, which is {self.max_depth}"
             )
-        if self.depth_scale is not None and self.depth_scale <= 0:
-            raise ValueError(f"--depth_scale must be positive, found {self.depth_scale}")
 
 
 def depth_task(config: DepthConfig) -> Task:

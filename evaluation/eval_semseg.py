@@ -34,7 +34,9 @@ class SegmentationConfig(DenseConfig):
     dataset: Literal["ade20k", "pascal", "loveda", "folder"] = option(
         help="which data set lies in --data_root"
     )
-    nclass: int = option(help="number of classes; masks hold 0 to nclass - 1, or 255 = ignored")
+    nclass: int = option(
+        help="number of classes; masks hold 0 to nclass - 1, or 255 = ignored", ge=1, le=IGNORE
+    )
     class_names: tuple[str, ...] = option((), "names of the classes, for folders")
     reduce_zero_label: bool = option(
         False, "masks count classes from 1 and 0 is ignored, as in ADE20K's own annotations"
@@ -42,8 +44,6 @@ class SegmentationConfig(DenseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.nclass <= IGNORE:
-            raise ValueError(f"--nclass must lie in 1-{IGNORE}, found {self.nclass}")
         if len(self.names) != self.nclass:
             raise ValueError(
                 f"--nclass is {self.nclass}, but {self.dataset} has {len(self.names)} class names"

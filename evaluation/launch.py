@@ -23,9 +23,12 @@ class EvaluationConfig:
     output_dir: str | None = option(None, "what the run writes; by default a folder named after it in runs/")
     device: str = option("auto", "auto, cpu, mps or a GPU")
     dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", "what autocast computes in")
-    port: int | None = option(None, "where ranks meet, if their launcher does not say")
+    port: int | None = option(None, "where ranks meet, if their launcher does not say", ge=1, le=65535)
     local_rank: int | None = option(
-        None, "accepted as old launchers pass it; the ranks are read from their variables", ("local-rank",)
+        None,
+        "accepted as old launchers pass it; the ranks are read from their variables",
+        ("local-rank",),
+        ge=0,
     )
 
 

@@ -64,15 +64,15 @@ class CurateConfig:
     json_path: str = option(help="folder for the statistics")
     checkpoint: str | None = option(None, "training checkpoint of the model that gives the loss")
     only: str = option("size,entropy,loss", "scores to compute, separated by commas")
-    mask_draws: int = option(4, "masks per image; 4 of ratio 0.75 show each patch once")
-    mask_ratio: float = option(0.75, "share of masked cells")
-    seed: int = option(0, "of the masks")
-    batch_size: int = option(64, "images per forward pass")
-    num_workers: int = option(6, "reading processes per rank, each at a tar of its own")
+    mask_draws: int = option(4, "masks per image; 4 of ratio 0.75 show each patch once", ge=1)
+    mask_ratio: float = option(0.75, "share of masked cells", gt=0, lt=1)
+    seed: int = option(0, "of the masks", ge=0)
+    batch_size: int = option(64, "images per forward pass", ge=1)
+    num_workers: int = option(6, "reading processes per rank, each at a tar of its own", ge=0)
     device: str = option("auto", "auto (a GPU if there is one), cpu, or the name of a torch device")
     dtype: Literal["bf16", "fp16", "fp32"] = option("fp32", "what autocast computes in")
-    world_size: int | None = option(None, "processes, when started by hand; launchers tell it")
-    local_rank: int | None = option(None, "which of them this is", aliases=("local-rank",))
+    world_size: int | None = option(None, "processes, when started by hand; launchers tell it", ge=1)
+    local_rank: int | None = option(None, "which of them this is", aliases=("local-rank",), ge=0)
     dist_url: str | None = option(None, "where they meet, such as tcp://127.0.0.1:29500")
 
     def __post_init__(self) -> None:
@@ -80,11 +80,6 @@ class CurateConfig:
             raise ValueError(f"--only {','.join(sorted(unknown))}: choose from {', '.join(SCORES)}")
         if ("loss" in self.scores) != (self.checkpoint is not None):
             raise ValueError("--checkpoint is needed for the loss, and only for it (--only size,entropy)")
-        for name in ("mask_draws", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, found {getattr(self, name)}")
-        if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"--mask_ratio must lie between 0 and 1, found {self.mask_ratio}")
 
     @property
     def scores(self) -> list[str]:
@@ -104,16 +99,11 @@ class ReportConfig:
     data_path: str = option(help="folder with tars, or their URLs")
     json_path: str = option(help="folder of the statistics")
     output: str = option("curation_report", "folder for report.json and the pictures")
-    hist_thresh: float = option(4.5, "drop images whose histogram_score is not above this")
-    imgres_thresh: int = option(320, "drop images with a side below this, in pixels")
-    max_tars: int = option(100, "tars that are looked at, evenly spread over the set")
-    images: int = option(48, "images on each contact sheet")
-    seed: int = option(0, "of the choice of images")
-
-    def __post_init__(self) -> None:
-        for name in ("max_tars", "images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, found {getattr(self, name)}")
+    hist_thresh: float = option(4.5, "drop images whose histogram_score is not above this", ge=0)
+    imgres_thresh: int = option(320, "drop images with a side below this, in pixels", ge=0)
+    max_tars: int = option(100, "tars that are looked at, evenly spread over the set", ge=1)
+    images: int = option(48, "images on each contact sheet", ge=1)
+    seed: int = option(0, "of the choice of images", ge=0)
 
 
 # ---------------------------------------------------------------------------------------------- scoring

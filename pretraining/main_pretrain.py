@@ -43,13 +43,13 @@ class PretrainConfig(TrainConfig):
     """Pre-train a Pixio by reconstructing masked blocks of pixels."""
 
     model: str = option("pixio_vith16_enc1280x32h16_dec512x32h16", "pre-training model, see `pixio info`")
-    n_cls_tokens: int = option(8, "class tokens")
-    mask_ratio: float = option(0.75, "share of masked cells")
-    mask_grid: int = option(4, "side of a masked cell in patches")
+    n_cls_tokens: int = option(8, "class tokens", ge=1)
+    mask_ratio: float = option(0.75, "share of masked cells", gt=0, lt=1)
+    mask_grid: int = option(4, "side of a masked cell in patches", ge=1)
     norm_pix_loss: bool = option(True, "predict pixels normalized per patch")
-    drop_path: float = option(0.0, "stochastic depth rate of the last encoder block")
+    drop_path: float = option(0.0, "stochastic depth rate of the last encoder block", ge=0, lt=1)
     init_encoder: str | None = option(None, "encoder file to start from; the decoder starts fresh")
-    freeze_encoder_steps: int = option(0, "first steps during which only the decoder learns")
+    freeze_encoder_steps: int = option(0, "first steps during which only the decoder learns", ge=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()

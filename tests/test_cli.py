@@ -1,5 +1,6 @@
 """Every `pixio` command does what its help says, and mistakes end it with one line."""
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -8,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -98,6 +100,66 @@ def test_no_flag_of_a_command_or_program_was_ever_taken_away(line, capsys):
         run()
     shown = re.findall(r"^  (-.*?)(?:  |$)", capsys.readouterr().out, re.MULTILINE)
     assert set(flags.split()) <= {flag for text in shown for flag in re.findall(r"--([\w-]+)", text)}
+
+
+# Options without a range: block numbers count from the end too.
+UNBOUNDED = {"block", "blocks"}
+CONFIGS = {
+    "main_pretrain": "PretrainConfig",
+    "curate": "CurateConfig ReportConfig",
+    "submitit_pretrain": "SubmitConfig",
+    "main_distill": "DistillConfig",
+    "submitit_distill": "SubmitConfig",
+    "eval_knn": "KnnConfig",
+    "eval_monodepth": "DepthConfig",
+    "eval_semseg": "SegmentationConfig",
+}
+
+
+def check_ranges(cls):
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if re.search(r"\b(int|float)\b", str(hints[field.name])) and field.name not in UNBOUNDED:
+            assert field.metadata["bounds"], f"{cls.__name__}.{field.name}"
+
+
+@pytest.mark.parametrize("module", CONFIGS)
+def test_every_number_of_every_program_declares_its_range(module):
+    for cls in (getattr(importlib.import_module(module), name) for name in CONFIGS[module].split()):
+        check_ranges(cls)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_number_of_every_command_declares_its_range(command):
+    check_ranges(COMMANDS[command])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--clip_grad 0",
+        "--clip_grad -1",
+        "--mask_ratio 0",
+        "--mask_ratio 1",
+        "--weight_decay -100",
+        "--start_epoch -1",
+        "--lr 0",
+        "--warmup_epochs -1",
+        "--drop_path 1",
+        "--num_workers -1",
+        "--save_minutes -1",
+        "--crop_scale_min 0",
+        "--log_freq 0",
+        "--seed -1",
+        "--mask_grid 0",
+    ],
+)
+def test_flags_that_would_undo_a_training_are_refused_with_the_range(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module("main_pretrain").main(flags.split())
+    assert stop.value.code == 2
+    flag, value = flags.split()
+    assert re.search(rf"{flag} must be an? .*, found {value}", capsys.readouterr().err)
 
 
 def test_help_lists_the_layouts_and_formats(capsys):

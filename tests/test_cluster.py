@@ -95,7 +95,7 @@ def test_a_dry_run_needs_no_slurm_and_leaves_nothing(tmp_path):
         (["--epochs", "many"], "--epochs must be an integer"),
         (["--local", "--nodes", "2"], "add --nodes 1"),
         (["--timeout", "5"], "--warning 300 (seconds) must lie within the time limit"),
-        (["--nodes", "0"], "--nodes must be at least 1, found 0"),
+        (["--nodes", "0"], "--nodes must be a positive integer, found 0"),
     ],
 )
 def test_mistakes_are_found_before_the_job_waits_in_the_queue(flags, message):

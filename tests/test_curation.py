@@ -311,7 +311,10 @@ def test_tars_that_would_share_a_file_are_refused(tmp_path):
         (["--only", "size,color"], "color: choose from size, entropy, loss"),
         (["--only", "loss"], "--checkpoint is needed"),
         (["--only", "size", "--checkpoint", "x.pt"], "only for it"),
-        (["--only", "size", "--mask_ratio", "0"], "--mask_ratio must lie between 0 and 1, found 0.0"),
+        (
+            ["--only", "size", "--mask_ratio", "0"],
+            "--mask_ratio must be a number above 0 and below 1, found 0",
+        ),
     ],
 )
 def test_mistakes_are_one_clear_line(tars, tmp_path, capsys, flags, message):

@@ -321,8 +321,8 @@ def test_counts_are_a_warning_or_an_error(trees, tmp_path, capsys):
     [
         ("--head convolution", "neither linear nor dpt"),
         ("--head linear --eval_only", "--eval_only needs the file of a trained head"),
-        ("--epochs 0", "--epochs must be at least 1"),
-        ("--seed -1", "--seed must be at least 0, found -1"),
+        ("--epochs 0", "--epochs must be a positive integer, found 0"),
+        ("--seed -1", "--seed must be a non-negative integer, found -1"),
         ("--nclass 3", "--nclass is 3, but ade20k has 150 class names"),
         ("--crop_size 8", "--crop_size 8 is below the patch size, 16 pixels"),
         ("--head nowhere.pth --eval_only", "no weight file at nowhere.pth"),

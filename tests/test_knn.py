@@ -378,9 +378,9 @@ def test_features_that_are_not_finite_are_named(data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--input_size -32", "--input_size must be positive, found -32"),
+        ("--input_size -32", "--input_size must be a positive integer, found -32"),
         ("--input_size 8", "--input_size 8 is below the patch size, 16 pixels"),
-        ("--nb_knn 0 5", "--nb_knn needs one number or more, each at least 1, found [0, 5]"),
+        ("--nb_knn 0 5", "--nb_knn must be a positive integer, found 0"),
     ],
 )
 def test_mistakes_end_with_one_line_that_says_what_to_do(data, tmp_path, capsys, flags, message):

@@ -22,32 +22,34 @@ class DenseConfig(EvaluationConfig):
     train_split_file: str | None = option(None, "list of `IMAGE TARGET` lines instead of the data set's rule")
     val_split_file: str | None = option(None, "the same for validation")
     expect_count: bool = option(False, "another number of images than published is an error, not a warning")
-    num_workers: int = option(4, "loading processes per rank")
+    num_workers: int = option(4, "loading processes per rank", ge=0)
     # head
     head: str = option("dpt", "linear, dpt, or the file of a trained head for --eval_only")
     eval_only: bool = option(False, "train nothing: evaluate --head FILE")
-    epochs: int = option(60, "passes over the training images")
-    batch_size: int = option(4, "crops that share one loss: those of one GPU in the published recipes")
+    epochs: int = option(60, "passes over the training images", ge=1)
+    batch_size: int = option(4, "crops that share one loss: those of one GPU in the published recipes", ge=1)
     batches_per_step: int = option(
-        8, "such batches per optimizer step, shared among the ranks: published are 8 GPUs with one each"
+        8, "such batches per optimizer step, shared among the ranks: published are 8 GPUs with one each", ge=1
     )
-    lr: float = option(1e-4, "peak learning rate, for any number of ranks")
-    weight_decay: float = option(0.01, "AdamW decay")
-    crop_size: int = option(256, "side of crops and windows, lowered to a multiple of the patch size; pixels")
-    seed: int = option(0, "of the head's first weights, the order of the images and their crops")
+    lr: float = option(1e-4, "peak learning rate, for any number of ranks", gt=0)
+    weight_decay: float = option(0.01, "AdamW decay", ge=0)
+    crop_size: int = option(
+        256, "side of crops and windows, lowered to a multiple of the patch size; pixels", ge=1
+    )
+    seed: int = option(0, "of the head's first weights, the order of the images and their crops", ge=0)
     # evaluation
-    window_batch: int = option(16, "windows that go through the network together; changes nothing but speed")
-    eval_freq: int = option(1, "epochs between evaluations; the last epoch always ends with one")
-    panels: int = option(4, "validation images in panels.png; 0 = no picture")
+    window_batch: int = option(
+        16, "windows that go through the network together; changes nothing but speed", ge=1
+    )
+    eval_freq: int = option(1, "epochs between evaluations; the last epoch always ends with one", ge=1)
+    panels: int = option(4, "validation images in panels.png; 0 = no picture", ge=0)
     # run
-    save_minutes: float = option(10.0, "minutes between checkpoints within an epoch; 0 = at its end only")
-    log_freq: int = option(20, "steps between log lines")
+    save_minutes: float = option(
+        10.0, "minutes between checkpoints within an epoch; 0 = at its end only", ge=0
+    )
+    log_freq: int = option(20, "steps between log lines", ge=1)
 
     def __post_init__(self) -> None:
-        least = {"epochs": 1, "batch_size": 1, "batches_per_step": 1, "window_batch": 1, "eval_freq": 1}
-        for name, minimum in (least | {"crop_size": 1, "panels": 0, "num_workers": 0, "seed": 0}).items():
-            if getattr(self, name) < minimum:
-                raise ValueError(f"--{name} must be at least {minimum}, found {getattr(self, name)}")
         if self.eval_only and self.head in KINDS:
             raise ValueError(f"--eval_only needs the file of a trained head, found --head {self.head}")
         if not self.eval_only and self.head not in KINDS:

@@ -44,18 +44,20 @@ class LaunchConfig:
 
     job_dir: str = option("runs/%j", "logs, and the program's --output_dir; %j is the job's id")
     job_name: str = option("pixio", "name in the queue")
-    ngpus: int = option(8, "GPUs per node, each with its own process")
-    nodes: int = option(1, "number of nodes")
-    timeout: int = option(4320, "time limit in minutes; a run that needs longer is requeued")
+    ngpus: int = option(8, "GPUs per node, each with its own process", ge=1)
+    nodes: int = option(1, "number of nodes", ge=1)
+    timeout: int = option(4320, "time limit in minutes; a run that needs longer is requeued", ge=1)
     partition: str | None = option(None, "SLURM partition")
     account: str | None = option(None, "SLURM account")
     qos: str | None = option(None, "SLURM quality of service")
     comment: str | None = option(None, "comment for the scheduler")
     constraint: str | None = option(None, "features the nodes must have")
     exclude: str | None = option(None, "nodes to avoid")
-    cpus_per_task: int = option(10, "CPU cores per process")
-    mem_gb: float | None = option(None, "memory per node in GB")
-    warning: int = option(300, "seconds before the time limit at which the run is told to save and exit")
+    cpus_per_task: int = option(10, "CPU cores per process", ge=1)
+    mem_gb: float | None = option(None, "memory per node in GB", gt=0)
+    warning: int = option(
+        300, "seconds before the time limit at which the run is told to save and exit", ge=1
+    )
     slurm: tuple[str, ...] = option((), "any further sbatch options: reservation=big exclusive")
     snapshot: bool = option(False, "run a copy of the code, so that later edits do not reach a queued job")
     local: bool = option(False, "start the processes on this node, without SLURM, and wait for them")
@@ -65,10 +67,7 @@ class LaunchConfig:
         parent = super()
         if hasattr(parent, "__post_init__"):  # of the program
             parent.__post_init__()
-        for name in ("ngpus", "nodes", "timeout", "cpus_per_task"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, found {getattr(self, name)}")
-        if not 0 < self.warning < 60 * self.timeout:
+        if self.warning >= 60 * self.timeout:
             raise ValueError(
                 f"--warning {self.warning} (seconds) must lie within the time limit, --timeout "
                 f"{self.timeout} (minutes): choose 1 to {60 * self.timeout - 1}"

@@ -28,32 +28,34 @@ class TrainConfig:
     data_path: str = option("", "folder with tars or images; unused for scenes")
     json_path: str | None = option(None, "curation statistics of web tars")
     soft_sampling: bool = option(False, "keep an image with probability min(mae_loss, 1) at each visit")
-    hist_thresh: float | None = option(None, "drop images whose histogram_score is not above this")
-    imgres_thresh: int | None = option(None, "drop images with a side below this, in pixels")
-    input_size: int = option(256, "crop size in pixels, also the trained models' native size")
-    crop_scale_min: float = option(0.2, "smallest area of a random crop, as a share of the image")
+    hist_thresh: float | None = option(None, "drop images whose histogram_score is not above this", ge=0)
+    imgres_thresh: int | None = option(None, "drop images with a side below this, in pixels", ge=0)
+    input_size: int = option(256, "crop size in pixels, also the trained models' native size", ge=1)
+    crop_scale_min: float = option(0.2, "smallest area of a random crop, as a share of the image", gt=0, le=1)
     decode: Literal["fast", "exact"] = option("fast", "exact reads whole images at full scale, with Pillow")
-    num_workers: int = option(6, "loading processes per rank")
+    num_workers: int = option(6, "loading processes per rank", ge=0)
     pin_mem: bool = option(True, "pinned memory for faster transfers to a GPU")
     # optimization
-    batch_size: int = option(64, "images per rank and forward pass")
-    accum_iter: int = option(1, "forward passes per step")
-    epochs: int = option(400, "length of the run, in epochs of --iters_per_epoch steps")
-    iters_per_epoch: int = option(1605, "steps per epoch", aliases=("iter_per_epoch",))
-    warmup_epochs: int = option(40, "linear warm-up from 0")
-    lr: float | None = option(None, "peak learning rate; by default blr x images per step / 256")
-    blr: float = option(2.5e-5, "peak learning rate per 256 images of a step")
-    min_lr: float = option(0.0, "learning rate at the end")
-    weight_decay: float = option(0.05, "AdamW decay of weights, not of biases and norms")
-    clip_grad: float | None = option(None, "largest gradient norm; none in the published recipes")
-    seed: int = option(0, "of weights, sample order, crops and masks")
+    batch_size: int = option(64, "images per rank and forward pass", ge=1)
+    accum_iter: int = option(1, "forward passes per step", ge=1)
+    epochs: int = option(400, "length of the run, in epochs of --iters_per_epoch steps", ge=1)
+    iters_per_epoch: int = option(1605, "steps per epoch", aliases=("iter_per_epoch",), ge=1)
+    warmup_epochs: int = option(40, "linear warm-up from 0", ge=0)
+    lr: float | None = option(None, "peak learning rate; by default blr x images per step / 256", gt=0)
+    blr: float = option(2.5e-5, "peak learning rate per 256 images of a step", gt=0)
+    min_lr: float = option(0.0, "learning rate at the end", ge=0)
+    weight_decay: float = option(0.05, "AdamW decay of weights, not of biases and norms", ge=0)
+    clip_grad: float | None = option(None, "largest gradient norm; none in the published recipes", gt=0)
+    seed: int = option(0, "of weights, sample order, crops and masks", ge=0)
     # run
     output_dir: str = option("runs/latest", "everything the run writes")
     log_dir: str | None = option(None, "folder of log.jsonl and TensorBoard; --output_dir by default")
-    log_freq: int = option(20, "steps between log lines")
-    save_freq: int = option(20, "epochs between checkpoints kept for good; 0 = keep only the newest two")
-    save_steps: int = option(1000, "steps between checkpoints; 0 = off")
-    save_minutes: float = option(30.0, "minutes between checkpoints; 0 = off")
+    log_freq: int = option(20, "steps between log lines", ge=1)
+    save_freq: int = option(
+        20, "epochs between checkpoints kept for good; 0 = keep only the newest two", ge=0
+    )
+    save_steps: int = option(1000, "steps between checkpoints; 0 = off", ge=0)
+    save_minutes: float = option(30.0, "minutes between checkpoints; 0 = off", ge=0)
     resume: str | None = option(
         None, "checkpoint of another run to start from; the run's own is found by itself"
     )
@@ -61,7 +63,7 @@ class TrainConfig:
         False,
         "resume with other data than the checkpoint's: its weights and optimizer, a new epoch of the data",
     )
-    start_epoch: int = option(0, "epoch at which a run without a checkpoint starts")
+    start_epoch: int = option(0, "epoch at which a run without a checkpoint starts", ge=0)
     tensorboard: bool = option(False, "also log to TensorBoard")
     wandb: bool = option(False, "also log to Weights & Biases")
     # hardware
@@ -72,14 +74,11 @@ class TrainConfig:
         "ddp", "a model per GPU, shards over all GPUs, or shards within each node"
     )
     grad_checkpointing: bool = option(False, "recompute activations: much less memory, a third more time")
-    world_size: int | None = option(None, "processes, when started by hand; launchers set it")
-    local_rank: int | None = option(None, "which of them this is", aliases=("local-rank",))
+    world_size: int | None = option(None, "processes, when started by hand; launchers set it", ge=1)
+    local_rank: int | None = option(None, "which of them this is", aliases=("local-rank",), ge=0)
     dist_url: str | None = option(None, "rendezvous of these, such as tcp://127.0.0.1:29500")
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accum_iter", "epochs", "iters_per_epoch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, found {getattr(self, name)}")
         if self.warmup_epochs > self.epochs:
             raise ValueError(
                 f"--warmup_epochs {self.warmup_epochs} is longer than the run of {self.epochs} epochs"
