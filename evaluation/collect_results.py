@@ -1,18 +1,12 @@
-"""One table of all evaluations on published data sets, beside the published numbers (Markdown).
+"""One table of all evaluations, beside the published numbers."""
 
-    python collect_results.py [FOLDER …]        FOLDER: all below it is read; runs/ by default
-
-Depth: RMSE in meters / d1 in percent; segmentation: mean IoU in percent; k-NN: top-1 in percent, k = 10 or
-the first --nb_knn. An encoder has two rows: the metrics of the last epoch, and the best of all evaluations,
-metric by metric; the published ones (Pixio paper, arXiv 2512.15715) are the best. A run with --eval_only is
-in the first row alone. A star marks a run that is not finished.
-"""
-
-import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pixio.engine.config import option, parse
 from pixio.engine.program import program
 from pixio.files import read_json
 
@@ -25,7 +19,20 @@ COLUMNS = {("knn", ""): "k-NN"} | {
 Cells = dict[tuple[str, str], str]
 
 
-def collect(folders: list[Path]) -> dict[tuple[str, str], Cells]:
+@dataclass(frozen=True)
+class TableConfig:
+    """One table of all evaluations on published data sets, beside the published numbers (Markdown).
+
+    Depth: RMSE in meters / d1 in percent; segmentation: mean IoU in percent; k-NN: top-1 in percent, k = 10
+    or the first --nb_knn. An encoder has two rows: the metrics of the last epoch, and the best of all
+    evaluations, metric by metric; the published ones (Pixio paper, arXiv 2512.15715) are the best. A run with
+    --eval_only is in the first row alone. A star marks a run that is not finished.
+    """
+
+    folders: tuple[Path, ...] = option((Path("runs"),), "all results below them are read", positional=True)
+
+
+def collect(folders: Sequence[Path]) -> dict[tuple[str, str], Cells]:
     """The rows, by encoder and "last" or "best"; of two runs for one cell the later file wins.
 
     Raises:
@@ -70,18 +77,14 @@ def to_markdown(rows: dict[tuple[str, str], Cells]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folders", nargs="*", type=Path, default=[Path("runs")])
-    folders = parser.parse_args(argv).folders
+    folders = parse(TableConfig, argv, prog="collect_results.py").folders
     with program("collect_results.py", "eval"):
         if missing := [str(folder) for folder in folders if not folder.is_dir()]:
             raise FileNotFoundError(f"no folder {', '.join(missing)}")
         rows = collect(folders)
-    if not rows:
-        print(f"no results.json below {', '.join(map(str, folders))} yet", file=sys.stderr)
-    print(to_markdown(rows), end="")
+        if not rows:
+            print(f"no results.json below {', '.join(map(str, folders))} yet", file=sys.stderr)
+        print(to_markdown(rows), end="")
 
 
 if __name__ == "__main__":

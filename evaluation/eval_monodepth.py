@@ -57,7 +57,9 @@ def depth_task(config: DepthConfig) -> Task:
 
     return Task(
         name="monodepth",
-        data=depth_source(config.dataset, config.depth_scale),
+        data=depth_source(
+            config.dataset, **limits, units_per_meter=config.depth_scale, upright=config.apply_exif
+        ),
         outputs=1,
         identity={"max_depth": config.max_depth},
         warmup=0.1,

@@ -60,7 +60,7 @@ def segmentation_task(config: SegmentationConfig) -> Task:
     """Segmentation as a task: one output per class."""
     return Task(
         name="semseg",
-        data=mask_source(config.dataset, config.nclass, config.reduce_zero_label),
+        data=mask_source(config.dataset, config.nclass, config.reduce_zero_label, config.apply_exif),
         outputs=config.nclass,
         identity={},
         warmup=0.0,

@@ -23,12 +23,9 @@ class EvaluationConfig:
     output_dir: str | None = option(None, "what the run writes; by default a folder named after it in runs/")
     device: str = option("auto", "auto, cpu, mps or a GPU")
     dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", "what autocast computes in")
-    port: int | None = option(None, "where ranks meet, if their launcher does not say", ge=1, le=65535)
+    port: int | None = option(None, "where ranks meet, if their launcher does not say", ge=1, le=65_535)
     local_rank: int | None = option(
-        None,
-        "accepted as old launchers pass it; the ranks are read from their variables",
-        ("local-rank",),
-        ge=0,
+        None, "accepted from launchers that pass it; ranks come from their variables", ("local-rank",), ge=-1
     )
 
 

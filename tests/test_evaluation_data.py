@@ -5,11 +5,14 @@ import io
 import itertools
 import os
 import shutil
+import struct
+import zlib
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from dense.data import (
     DataSource,
     PairDataset,
@@ -28,7 +31,7 @@ from monodepth import data as depth_data
 from monodepth.data import list_kitti, list_nyuv2
 from PIL import Image
 from semseg import data as mask_data
-from semseg.data import list_ade20k, list_loveda, list_pascal, scale_crop_flip
+from semseg.data import list_ade20k, list_loveda, list_pascal, mask_source, scale_crop_flip
 from semseg.util import process_loveda
 
 from pixio.images.targets import drop_zero, read_depth, read_mask
@@ -169,9 +172,27 @@ def test_pascal_trains_on_every_mask_that_is_not_for_validation(tmp_path):
     ]
 
 
-def test_pascal_without_its_list_says_where_it_is_from(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"val\.txt is missing.*VOCtrainval"):
-        list_pascal(tmp_path, "val")
+def test_pascal_as_its_readme_draws_it_has_the_published_validation_split(tree):
+    lines = (Path(mask_data.__file__).with_name("pascal_val.txt")).read_text().splitlines()[1:]
+    val = [f"{year}{int(n):06d}" for year, *numbers in map(str.split, lines) for n in numbers]
+    names = [*val, "2007_000032", "2012_004331"]
+    touch(
+        tree, [path for name in names for path in (f"JPEGImages/{name}.jpg", f"SegmentationClass/{name}.png")]
+    )
+    listing = list_pascal(tree, "val")
+    assert digest(listing.pairs) == "df002e3a730c57678f63aa3e46a4c827a4066f1dc1814e24d0e8b215075e0c6c"
+    assert [Path(pair.image).stem for pair in list_pascal(tree, "train").pairs] == [
+        "2007_000032",
+        "2012_004331",
+    ]
+
+
+def test_pascals_own_list_wins_over_ours(tmp_path):
+    touch(tmp_path, ["JPEGImages/2007_000033.jpg", "SegmentationClass/2007_000033.png"])
+    (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
+    (tmp_path / "ImageSets/Segmentation/val.txt").write_text("\ufeff2009_1\r\n", encoding="utf-8")
+    assert list_pascal(tmp_path, "val").missing == ["JPEGImages/2009_1.jpg", "SegmentationClass/2009_1.png"]
+    assert len(list_pascal(tmp_path, "train").pairs) == 1
 
 
 def test_a_folder_of_ones_own_is_paired_by_name_in_subfolders_too(tmp_path):
@@ -196,8 +217,10 @@ def test_a_folder_of_ones_own_is_paired_by_name_in_subfolders_too(tmp_path):
 
 
 def open_ade20k(root: Path, published: int, **settings) -> PairDataset:
-    config = SegmentationConfig(dataset="ade20k", nclass=150, data_root=str(root), **settings)
-    source = DataSource(list_ade20k, {"val": published}, read_zero, crop_and_flip)
+    config = SegmentationConfig(
+        dataset="ade20k", nclass=150, data_root=str(root), apply_exif=True, **settings
+    )
+    source = DataSource(list_ade20k, {"val": published}, read_zero, crop_and_flip, inspect=lambda _: "")
     return open_split(source, config, "val", None, warns=True)
 
 
@@ -231,6 +254,14 @@ def test_a_missing_folder_and_an_empty_one_are_errors(tmp_path):
         open_ade20k(tmp_path, 2_000, val_split_file=str(tmp_path / "split.txt"))
 
 
+def test_hidden_files_and_junk_folders_are_no_data(tmp_path):
+    junk = ("._a", ".ipynb_checkpoints/a", "@eaDir/a", "__MACOSX/a", ".Trash-1000/a")
+    for name in ("a", *junk):
+        touch(tmp_path, [f"train/images/{name}.jpg", f"train/masks/{name}.png"])
+    listing = mask_data.RULES["folder"](tmp_path, "train")
+    assert listing == ([("train/images/a.jpg", "train/masks/a.png")], [])
+
+
 # --- split files --------------------------------------------------------------------------------------------
 
 
@@ -244,8 +275,51 @@ def test_a_split_file_overrides_the_rule_and_its_count(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbfa.jpg a.png\r\nin/b.jpg in/b.png\r\n",
+        "a.jpg a.png\nin/b.jpg in/b.png\n".encode("utf-16"),
+        b"/a.jpg /a.png\n/in/b.jpg /in/b.png",
+        b"a.jpg a.png 518.8579\nin/b.jpg in/b.png 721\n",
+        b"/a.jpg /a.png 518.8579\n/in/c.jpg None 518.8579\n/in/b.jpg /in/b.png 518.8579\n",
+        b"a.jpg\ta.png\t518.8579\nin/b.jpg\tin/b.png\t518.8579\n",
+    ],
+)
+def test_split_files_of_other_programs_are_read(tmp_path, content):
+    touch(tmp_path, ["a.jpg", "a.png", "in/b.jpg", "in/b.png", "in/c.jpg"])
+    (tmp_path / "split.txt").write_bytes(content)
+    expected = [("a.jpg", "a.png"), ("in/b.jpg", "in/b.png")]
+    assert read_split_file(tmp_path, tmp_path / "split.txt") == expected
+
+
+def test_the_lists_of_bts_are_read_below_the_root_of_nyuv2_and_kitti(tmp_path):
+    nyuv2, kitti = (depth_data.depth_source(name, 1, 10, None, False).folders for name in ("nyuv2", "kitti"))
+    touch(tmp_path, ["sync/attic/rgb_1.jpg", "sync/attic/sync_depth_1.png"])
+    touch(tmp_path, ["images/d1/1_sync/image_02/1.png", "annotations/1_sync/proj_depth/1.png"])
+    file = tmp_path / "split.txt"
+    file.write_text("/attic/rgb_1.jpg /attic/sync_depth_1.png 518.8579\n")
+    assert read_split_file(tmp_path, file, nyuv2) == [("sync/attic/rgb_1.jpg", "sync/attic/sync_depth_1.png")]
+    file.write_text("d1/1_sync/image_02/1.png 1_sync/proj_depth/1.png 721.5377\n")
+    assert read_split_file(tmp_path, file, kitti) == [
+        ("images/d1/1_sync/image_02/1.png", "annotations/1_sync/proj_depth/1.png")
+    ]
+
+
+def test_absolute_paths_and_names_of_any_bytes_are_read_from_a_split_file(tmp_path):
+    name = b"\xe9t\xe9.jpg".decode(errors="surrogateescape")
+    touch(tmp_path, [name, "a.png"])
+    (tmp_path / "split.txt").write_text(f"{name}\t{tmp_path}/a.png\n", errors="surrogateescape")
+    assert read_split_file(tmp_path, tmp_path / "split.txt") == [(name, f"{tmp_path}/a.png")]
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
-    [("a.jpg a.png 518.8\n", "line 1: expected an image and its target"), ("a.jpg gone.png\n", "gone.png")],
+    [
+        ("a.jpg a.png b.png\n", "line 1: expected an image and its target"),
+        ("\na.jpg\n", "line 2: expected an image and its target"),
+        ("a.jpg gone.png\n", "names 1 files that .* lacks, such as gone.png"),
+        ("/a.jpg /gone.png\n", "such as /gone.png"),
+    ],
 )
 def test_a_wrong_split_file_is_an_error(tmp_path, text, message):
     touch(tmp_path, ["a.jpg", "a.png"])
@@ -274,7 +348,7 @@ def test_nyuv2_keeps_the_inside_of_its_frame_in_image_and_depth(tmp_path):
     image = np.stack([rows % 256, columns % 256, rows * 0], axis=2).astype(np.uint8)
     image_file = png(tmp_path / "rgb.png", image)
     depth_file = png(tmp_path / "depth.png", (rows * 64 + columns).astype(np.uint16))
-    found, depth = depth_data.read_depth_pair(image_file, depth_file, "nyuv2", 1000)
+    found, depth = depth_data.read_depth_pair(image_file, depth_file, "nyuv2", 1000, False)
     assert depth.shape == (426, 560)
     assert depth[0, 0] == pytest.approx((45 * 64 + 41) / 1000)
     assert depth[-1, -1] == pytest.approx((470 * 64 + 600) / 1000)
@@ -286,6 +360,31 @@ def test_palette_masks_give_class_numbers(tmp_path):
     image.putpalette([channel for color in range(256) for channel in (255 - color, color, 0)])
     image.save(tmp_path / "m.png")
     assert read_mask(tmp_path / "m.png").tolist() == [[0, 3], [255, 1]]
+
+
+def png_of(values: np.ndarray, bits: int, palette: bool) -> bytes:
+    """A PNG written by hand, with `bits` per pixel."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    height, width = values.shape
+    planes = (values[..., None] >> np.arange(bits)[::-1] & 1).reshape(height, -1)  # one bit after another
+    rows = b"".join(b"\0" + row.tobytes() for row in np.packbits(planes.astype(np.uint8), axis=1))
+    header = struct.pack(">IIBBBBB", width, height, bits, 3 if palette else 0, 0, 0, 0)
+    colors = chunk(b"PLTE", bytes(range(3 * 2**bits)) if bits < 8 else bytes(768)) if palette else b""
+    data = chunk(b"IHDR", header) + colors + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + data
+
+
+@pytest.mark.parametrize("palette", [False, True])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_masks_of_few_bits_give_class_numbers_as_stored(tmp_path, bits, palette):
+    mask = np.random.default_rng(0).integers(0, 2**bits, (5, 13), dtype=np.uint8)
+    (tmp_path / "m.png").write_bytes(png_of(mask, bits, palette))
+    found = read_mask(tmp_path / "m.png")
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, mask)
 
 
 def test_masks_that_count_from_one_can_be_read():
@@ -301,6 +400,18 @@ def claiming(rows: int) -> bytes:
     return file.getvalue() + bytes(64)
 
 
+FLIP = Image.Transpose
+# how a camera that notes an orientation stores an upright scene: the inverse of what turns it back
+STORED = dict(
+    zip(
+        range(2, 9),
+        (
+            *(FLIP.FLIP_LEFT_RIGHT, FLIP.ROTATE_180, FLIP.FLIP_TOP_BOTTOM, FLIP.TRANSPOSE),
+            *(FLIP.ROTATE_90, FLIP.TRANSVERSE, FLIP.ROTATE_270),
+        ),
+        strict=True,
+    )
+)
 GRAY8, GRAY16 = np.zeros((4, 5), np.uint8), np.zeros((4, 5), np.uint16)
 
 
@@ -321,7 +432,7 @@ GRAY8, GRAY16 = np.zeros((4, 5), np.uint8), np.zeros((4, 5), np.uint16)
 def test_bad_depth_is_an_error_that_names_the_file(tmp_path, name, target, message):
     png(tmp_path / "i.png", np.zeros((4, 5, 3), np.uint8))
     write(tmp_path / name, target)
-    read = lambda image, depth: depth_data.read_depth_pair(image, depth, "folder", 1000)  # noqa: E731
+    read = lambda image, depth: depth_data.read_depth_pair(image, depth, "folder", 1000, False)  # noqa: E731
     items = PairDataset(tmp_path, [Pair("i.png", name)], read)
     with pytest.raises(ValueError, match=message):
         list(whole_examples(items, [0], num_workers=0, pin_memory=False))
@@ -348,7 +459,7 @@ def write(path: Path, content: np.ndarray | bytes) -> None:
 def test_a_bad_mask_is_an_error_that_names_the_file(tmp_path, mask, message):
     png(tmp_path / "i.png", np.zeros((4, 5, 3), np.uint8))
     write(tmp_path / "m.png", mask)
-    read = lambda image, mask: mask_data.read_mask_pair(image, mask, 7, False, "do this")  # noqa: E731
+    read = lambda image, mask: mask_data.read_mask_pair(image, mask, 7, False, False, "do this")  # noqa: E731
     items = PairDataset(tmp_path, [Pair("i.png", "m.png")], read)
     with pytest.raises(ValueError, match=message):
         list(whole_examples(items, [0], num_workers=0, pin_memory=False))
@@ -373,8 +484,89 @@ def test_pixels_stay_over_their_targets_whatever_the_camera_noted(tmp_path, orie
     assert np.array_equal(read_photo(tmp_path / "a.png"), pixels)
 
 
+@pytest.mark.parametrize("turn", range(2, 9))
+def test_a_turned_photo_beside_an_upright_mask_is_named_and_can_be_turned(tmp_path, capsys, turn):
+    rows, columns = np.mgrid[:6, :9]
+    upright = np.stack([rows * 20, columns * 20, rows * 0], axis=2).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    stored = Image.fromarray(upright).transpose(STORED[turn])
+    for folder in ("val/images", "val/masks"):
+        (tmp_path / folder).mkdir(parents=True)
+    stored.save(tmp_path / "val/images/a.png", exif=exif)
+    png(tmp_path / "val/masks/a.png", rows.astype(np.uint8))
+
+    def opened(apply_exif: bool) -> PairDataset:
+        config = SegmentationConfig(
+            dataset="folder", nclass=6, data_root=str(tmp_path), apply_exif=apply_exif
+        )
+        return open_split(mask_source("folder", 6, False, apply_exif), config, "val", None, warns=True)
+
+    image = next(whole_examples(opened(True), [0], num_workers=0, pin_memory=False)).image
+    np.testing.assert_array_equal(image.permute(1, 2, 0), upright)
+    assert capsys.readouterr().err == ""
+    if turn > 4:
+        with pytest.raises(
+            ValueError, match=rf"9 x 6: both .* turned \(orientation {turn}\): see --apply_exif"
+        ):
+            opened(False)
+    else:
+        opened(False)
+        assert f"a.png; EXIF says that the image is turned (orientation {turn})" in capsys.readouterr().err
+
+
 def read_zero(image: Path, target: Path):
     return read_photo(image), np.zeros((4, 5), np.uint8)
+
+
+# --- targets that teach nothing -----------------------------------------------------------------------------
+
+
+def inspect_depth(*depths: float, scale: float = 1000, suffix: str = "png") -> str:
+    files = [(Path(f"{i}.{suffix}"), torch.full((4, 4), depth)) for i, depth in enumerate(depths)]
+    return depth_data.inspect_depth(files, 0.001, 10, scale)
+
+
+@pytest.mark.parametrize(
+    ("depths", "options", "message"),
+    [
+        ((0, 0), {}, r"no depth is measured in 2 files such as 0\.png"),
+        ((50, 0), {}, r"0\.png holds 50 to 50 m .*--max_depth 10.* 1000 now, with 5000 .* be 10 m"),
+        ((2000,), {"scale": 1}, r"0\.png holds 2000 .*, 1 now, with 1000 .* be 2 m"),
+        ((2000,), {"suffix": "npy"}, r"0\.npy holds 2000 .*\.npy files are in meters"),
+    ],
+)
+def test_depth_without_a_pixel_that_counts_says_what_was_found_and_what_to_do(depths, options, message):
+    with pytest.raises(ValueError, match=message):
+        inspect_depth(*depths, **options)
+
+
+def test_depth_of_a_wrong_unit_is_a_warning_where_some_of_it_counts():
+    assert inspect_depth(2, 8, 3) == ""
+    assert "67% of the depth in 3 files does not count: 2.png holds 40" in inspect_depth(2, 30, 40)
+    assert "far below the limit: 0.png holds 0.3 to 0.3 m" in (text := inspect_depth(0.3, 0.2))
+    assert "1000 now, with 100 the farthest would be 3 m" in text
+    assert inspect_depth(2, 0) == "no pixel of 1 of 2 depth files counts, such as 1.png"
+
+
+def inspect_masks(*values: int, reduce_zero_label: bool = False) -> str:
+    files = [(Path(f"{i}.png"), torch.full((4, 4), value).byte()) for i, value in enumerate(values)]
+    return mask_data.inspect_masks(files, 3, reduce_zero_label, "do this")
+
+
+def test_masks_without_a_scored_pixel_say_what_was_found_and_what_to_do():
+    with pytest.raises(
+        ValueError, match=r"no pixel of 2 masks .* 0\.png holds 255 \(ignored\) alone.*do this"
+    ):
+        inspect_masks(255, 255)
+    with pytest.raises(ValueError, match=r"0\.png holds 0 \(ignored by --reduce_zero_label\) and 255 alone"):
+        inspect_masks(255, reduce_zero_label=True)
+
+
+def test_masks_of_one_class_alone_are_a_warning():
+    assert inspect_masks(0, 2) == inspect_masks(1) == ""
+    assert "2 masks such as 0.png hold class 0 of 3 alone" in inspect_masks(0, 0)
+    assert inspect_masks(0, 1, 255) == "1 of 3 masks have no scored pixel, such as 2.png"
 
 
 # --- crops --------------------------------------------------------------------------------------------------

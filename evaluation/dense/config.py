@@ -22,6 +22,7 @@ class DenseConfig(EvaluationConfig):
     train_split_file: str | None = option(None, "list of `IMAGE TARGET` lines instead of the data set's rule")
     val_split_file: str | None = option(None, "the same for validation")
     expect_count: bool = option(False, "another number of images than published is an error, not a warning")
+    apply_exif: bool = option(False, "turn images as EXIF says, for targets made on upright ones")
     num_workers: int = option(4, "loading processes per rank", ge=0)
     # head
     head: str = option("dpt", "linear, dpt, or the file of a trained head for --eval_only")

@@ -5,7 +5,7 @@ Letters: H x W pixels, S side of a crop, B crops of a rank and step.
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -14,10 +14,13 @@ import numpy as np
 import torch
 from dense.config import DenseConfig
 from dense.listing import Listing, Pair, read_split_file
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pixio.images.decoding import DamagedDataError, decode
+from pixio.images.decoding import DamagedDataError, decode, orientation
+
+_INSPECTED = 16  # targets of a split that are looked at before it is used
 
 Arrays = tuple[np.ndarray, np.ndarray]  # an image uint8 [H, W, 3] and its target [H, W]
 
@@ -31,12 +34,16 @@ class DataSource:
         published: "train" and "val" -> number of pairs; empty where nothing is published.
         read: image path, target path -> arrays.
         crop: random generator, image, target, S -> arrays [S, S, 3] and [S, S].
+        inspect: target files and their targets -> what is odd about them, or nothing.
+        folders: below the root, where paths in split files may start.
     """
 
     list_split: Callable[[Path, str], Listing]
     published: dict[str, int]
     read: Callable[[Path, Path], Arrays]
     crop: Callable[[np.random.Generator, np.ndarray, np.ndarray, int], Arrays]
+    inspect: Callable[[Iterable[tuple[Path, Tensor]]], str]
+    folders: tuple[str, ...] = ()
 
 
 class Example(NamedTuple):
@@ -77,6 +84,7 @@ class PairDataset(Dataset):
                 raise ValueError(
                     f"{target_path} has {target.shape[0]} x {target.shape[1]} pixels, but its image "
                     f"{image_path} {image.shape[0]} x {image.shape[1]}: both must be the same"
+                    + describe_turn(image_path)
                 )
         except (ValueError, OSError) as error:
             return error
@@ -89,24 +97,28 @@ class PairDataset(Dataset):
 def open_split(
     source: DataSource, config: DenseConfig, split: str, crop_size: int | None, warns: bool
 ) -> PairDataset:
-    """The examples of a split. Without a split file their number should be the published one.
+    """The examples of a split. Their number should be the published one, and some targets are looked at.
 
     Args:
         source: the data set.
         config: its folder, split files, and whether another number is an error.
         split: "train" or "val".
         crop_size: S of random crops; None leaves examples whole.
-        warns: print a warning where another number is none.
+        warns: print a warning of what may be a mistake.
 
     Raises:
         FileNotFoundError: no such folder or split file, or nothing in it.
-        ValueError: an unreadable split file, or another number of pairs with `--expect_count`.
+        ValueError: an unreadable split file, another number of pairs with `--expect_count`, a target that
+            cannot be used, or none of those looked at has a pixel that is scored.
     """
     root = Path(config.data_root)
     if not root.is_dir():
         raise FileNotFoundError(f"no data in {root.absolute()}: there is no such folder; set --data_root")
     file = config.train_split_file if split == "train" else config.val_split_file
-    pairs, missing = read_split_file(root, Path(file)) if file else source.list_split(root, split)
+    if file:
+        pairs, missing = read_split_file(root, Path(file), source.folders), []
+    else:
+        pairs, missing = source.list_split(root, split)
     lacking = ""
     if missing:
         named = ", ".join(missing[:3])
@@ -115,18 +127,48 @@ def open_split(
         raise FileNotFoundError(f"{file} names no {split} pairs")
     if not pairs:
         raise FileNotFoundError(f"{root} holds no {split} pairs{lacking}; see the README for its layout")
-    published = source.published.get(split, len(pairs))
+    data = PairDataset(root, pairs, source.read, partial(source.crop, size=crop_size) if crop_size else None)
+    published, warnings = source.published.get(split, len(pairs)), []
     if not file and len(pairs) != published:
-        warning = f"{root} holds {len(pairs)} {split} pairs, the published split {published}{lacking}"
+        warnings = [f"{root} holds {len(pairs)} {split} pairs, the published split {published}{lacking}"]
         if config.expect_count:
-            raise ValueError(warning)
-        if warns:
+            raise ValueError(*warnings)
+    for warning in (*warnings, *_oddities(source, data, config.apply_exif)):
+        if warning and warns:
             print(f"warning: {warning}", file=sys.stderr)
-    return PairDataset(root, pairs, source.read, partial(source.crop, size=crop_size) if crop_size else None)
+    return data
 
 
-def read_photo(path: Path) -> np.ndarray:
-    """Decode an image, its pixels where they are stored (over their targets), whatever EXIF says.
+def _oddities(source: DataSource, data: PairDataset, applies_exif: bool) -> Iterator[str]:
+    """What is odd about some targets of a split, evenly spaced, and their images."""
+    count = min(_INSPECTED, len(data))
+    indices = [i * len(data) // count for i in range(count)]
+    pairs = [data.pairs[index] for index in indices]
+    examples = whole_examples(replace(data, crop=None), indices, num_workers=0, pin_memory=False)
+    targets = (example.target for example in examples)
+    yield source.inspect(
+        (data.root / pair.target, target) for pair, target in zip(pairs, targets, strict=True)
+    )
+    if not applies_exif:
+        turned = (
+            f"{path}{turn}" for pair in pairs if (turn := describe_turn(path := data.root / pair.image))
+        )
+        yield next(turned, "")
+
+
+def describe_turn(path: Path) -> str:
+    """What EXIF says of how the camera was held, where it was not upright; else nothing."""
+    with Image.open(path) as image:
+        turn = orientation(image.info.get("exif"))
+    return "" if turn == 1 else f"; EXIF says that the image is turned (orientation {turn}): see --apply_exif"
+
+
+def read_photo(path: Path, upright: bool = False) -> np.ndarray:
+    """Decode an image.
+
+    Args:
+        path: image file.
+        upright: turn it as EXIF says; else the pixels stay where they are stored.
 
     Returns:
         uint8 [H, W, 3].
@@ -135,7 +177,7 @@ def read_photo(path: Path) -> np.ndarray:
         DamagedDataError: unreadable; the message names the file.
     """
     try:
-        return np.array(decode(path.read_bytes(), upright=False))
+        return np.array(decode(path.read_bytes(), upright))
     except DamagedDataError as error:
         raise DamagedDataError(f"{path} is not a readable image: {error}") from error
 

@@ -1,6 +1,9 @@
 """Which image belongs to which target (depth or mask): published splits, a user's folders, split files."""
 
-from collections.abc import Iterable
+import codecs
+import functools
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,18 +24,20 @@ class Listing(NamedTuple):
     missing: list[str]
 
 
+def finder(root: Path) -> Callable[[str], bool]:
+    """Whether a path exists below `root` (or anywhere, if absolute); each folder is listed once."""
+
+    @functools.cache
+    def names(folder: str) -> set[str]:
+        place = root / folder
+        return {entry.name for entry in place.iterdir()} if place.is_dir() else set()
+
+    return lambda path: path.rpartition("/")[2] in names(path.rpartition("/")[0])
+
+
 def list_existing(root: Path, expected: Iterable[Pair]) -> Listing:
-    """Those of the expected pairs of which both files exist; each folder is listed once."""
-    folders: dict[str, set[str]] = {}
-
-    def exists(path: str) -> bool:
-        folder, _, name = path.rpartition("/")
-        if folder not in folders:
-            place = root / folder
-            folders[folder] = {entry.name for entry in place.iterdir()} if place.is_dir() else set()
-        return name in folders[folder]
-
-    pairs, missing = [], []
+    """Those of the expected pairs of which both files exist."""
+    exists, pairs, missing = finder(root), [], []
     for pair in expected:
         absent = [path for path in pair if not exists(path)]
         missing += absent
@@ -70,8 +75,16 @@ def list_folder(root: Path, split: str, targets: str, suffixes: tuple[str, ...])
     )
 
 
-def read_split_file(root: Path, file: Path) -> Listing:
-    """A list of pairs that overrides a rule: `IMAGE TARGET` per line, relative to the root of the data.
+def read_split_file(root: Path, file: Path, folders: tuple[str, ...] = ()) -> list[Pair]:
+    """Read a list of pairs that overrides a rule: `IMAGE TARGET` per line, relative to the root of the data.
+
+    The lists of BTS (https://github.com/cleinc/bts) are read too: a leading slash is dropped, a third column
+    (the focal length) is ignored, and so are lines whose target is `None`.
+
+    Args:
+        root: folder of the data.
+        file: text in UTF-8 or UTF-16, with or without a byte-order mark.
+        folders: where below the root, beside itself, paths may start.
 
     Raises:
         FileNotFoundError: no such list, or a file in it does not exist.
@@ -79,20 +92,29 @@ def read_split_file(root: Path, file: Path) -> Listing:
     """
     if not file.is_file():
         raise FileNotFoundError(f"no split file at {file}")
-    pairs = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    data, exists, pairs, missing = file.read_bytes(), finder(root), [], []
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = data.decode("utf-16") if utf16 else data.decode("utf-8-sig", errors="surrogateescape")
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         fields = line.split("\t") if "\t" in line else line.split()
+        if len(fields) == 3 and re.fullmatch(r"\d+(\.\d+)?", fields[2].strip()):
+            fields.pop()
         if len(fields) != 2:
             raise ValueError(
                 f"{file}, line {number}: expected an image and its target, separated by a blank (a tab where "
                 f"names hold blanks), found {line[:80]!r}"
             )
-        pairs.append(Pair(*fields))
-    listing = list_existing(root, pairs)
-    if listing.missing:
-        raise FileNotFoundError(
-            f"{file} names {len(listing.missing)} files that {root} lacks, such as {listing.missing[0]}"
-        )
-    return listing
+        if fields[1] == "None":
+            continue
+        found = []
+        for path in fields:
+            places = [folder + path.lstrip("/") for folder in ("", *folders)] + [path]
+            place = next(filter(exists, places), None)
+            (missing if place is None else found).append(path if place is None else place)
+        if len(found) == 2:
+            pairs.append(Pair(*found))
+    if missing:
+        raise FileNotFoundError(f"{file} names {len(missing)} files that {root} lacks, such as {missing[0]}")
+    return pairs

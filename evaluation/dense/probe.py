@@ -88,7 +88,7 @@ def build_probe(config: DenseConfig, task: Task, runtime: Runtime) -> Probe:
     trained = read_head(Path(config.head)) if config.eval_only else None
     kind = trained["identity"]["head"] if trained else config.head
     torch.manual_seed(config.seed)  # all ranks alike: of the head, and of an encoder without weights
-    encoder = load_encoder(config.encoder, config.pretrained_ckp)
+    encoder = load_encoder(config.encoder, config.pretrained_ckp or None)
     size = config.crop_size // encoder.patch_size * encoder.patch_size
     if size == 0:
         raise ValueError(

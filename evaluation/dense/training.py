@@ -58,7 +58,8 @@ def train_head(probe: Probe, train: PairDataset) -> list[dict[str, Any]]:
     start, rows, seconds = 0, [], 0.0
     if state := checkpoints.load_latest():
         what = f"{probe.output} holds a run with"
-        check_same(state.get("setting", {}), setting, what, "choose another --output_dir")
+        saved = {"apply_exif": "False"} | state.get("setting", {})  # an option that older runs lack
+        check_same(saved, setting, what, "choose another --output_dir")
         start, rows, seconds = state["step"], state["rows"], state["seconds"]
         restore(head, optimizer, state)
         scaler.load_state_dict(state["scaler"])

@@ -1,5 +1,6 @@
 """Segmentation data sets: ADE20K, Pascal VOC (augmented), LoveDA, and folders of your own."""
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import yaml
 from dense.data import Arrays, DataSource, crop_and_flip, read_photo
 from dense.listing import Listing, Pair, list_below, list_existing, list_folder
 from PIL import Image
+from torch import Tensor
 
 from pixio.images.targets import IGNORE, drop_zero, read_mask
 
@@ -18,6 +20,7 @@ PUBLISHED = {
 }
 CLASS_NAMES = yaml.safe_load(Path(__file__).with_name("class_names.yaml").read_text(encoding="utf-8"))
 
+_PASCAL_VAL = Path(__file__).with_name("pascal_val.txt")
 # Numbers of the first and last tile of each half.
 _LOVEDA = {
     "train": {"Rural": (0, 1365), "Urban": (1366, 2521)},
@@ -39,11 +42,13 @@ def list_ade20k(root: Path, split: str) -> Listing:
 
 
 def list_pascal(root: Path, split: str) -> Listing:
-    """Validation: the names in VOC2012's own list. Training: every other mask."""
+    """Validation: the names in VOC2012's list, or else in our copy. Training: every other mask."""
     file = root / "ImageSets/Segmentation/val.txt"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: it is part of VOCtrainval_11-May-2012.tar")
-    names = file.read_text(encoding="utf-8").split()
+    if file.is_file():
+        names = file.read_text(encoding="utf-8-sig").split()
+    else:
+        years = (line.split() for line in _PASCAL_VAL.read_text(encoding="utf-8").splitlines()[1:])
+        names = [f"{year}{int(number):06d}" for year, *numbers in years for number in numbers]
     if split == "train":
         validation = set(names)
         masks = (Path(path) for path in list_below(root, "SegmentationClass", (".png",)))
@@ -75,7 +80,7 @@ RULES = {
 
 
 def read_mask_pair(
-    image_path: Path, mask_path: Path, nclass: int, reduce_zero_label: bool, remedy: str
+    image_path: Path, mask_path: Path, nclass: int, reduce_zero_label: bool, upright: bool, remedy: str
 ) -> Arrays:
     """Image uint8 [H, W, 3] and mask uint8 [H, W] of classes below `nclass`, 255 = ignored."""
     mask = read_mask(mask_path)
@@ -86,7 +91,7 @@ def read_mask_pair(
         raise ValueError(
             f"{mask_path} holds class {wrong.max()}, expected 0-{nclass - 1} or {IGNORE} (ignored): {remedy}"
         )
-    return read_photo(image_path), mask
+    return read_photo(image_path, upright), mask
 
 
 def scale_crop_flip(
@@ -106,15 +111,56 @@ def scale_crop_flip(
     return crop_and_flip(rng, image, mask, size, fill=IGNORE)
 
 
-def mask_source(dataset: str, nclass: int, reduce_zero_label: bool = False) -> DataSource:
+def inspect_masks(
+    masks: Iterable[tuple[Path, Tensor]], nclass: int, reduce_zero_label: bool, remedy: str
+) -> str:
+    """Look for masks that teach nothing.
+
+    Args:
+        masks: mask files and their classes, uint8 [H, W].
+        nclass: number of classes.
+        reduce_zero_label: 0 in the files is ignored.
+        remedy: what is often wrong with this data set.
+
+    Returns:
+        What is odd about them, or nothing.
+
+    Raises:
+        ValueError: no pixel is scored.
+    """
+    rows = [(path, mask.flatten().bincount(minlength=nclass)[:nclass]) for path, mask in masks]
+    classes = sum(pixels for _, pixels in rows).nonzero().flatten().tolist()
+    ignored = (
+        f"0 (ignored by --reduce_zero_label) and {IGNORE}" if reduce_zero_label else f"{IGNORE} (ignored)"
+    )
+    if not classes:
+        raise ValueError(
+            f"no pixel of {len(rows)} masks is scored: {rows[0][0]} holds {ignored} alone, expected class "
+            f"numbers from {int(reduce_zero_label)}: {remedy}"
+        )
+    if len(classes) == 1 < min(nclass, len(rows)):
+        return (
+            f"{len(rows)} masks such as {rows[0][0]} hold class {classes[0]} of {nclass} alone, beside "
+            f"{ignored}: an object stored as {IGNORE} needs a class number"
+        )
+    empty = [str(path) for path, pixels in rows if not pixels.any()]
+    return f"{len(empty)} of {len(rows)} masks have no scored pixel, such as {empty[0]}" if empty else ""
+
+
+def mask_source(dataset: str, nclass: int, reduce_zero_label: bool, upright: bool) -> DataSource:
     """A segmentation data set; its training images are scaled, cropped and mirrored.
 
     Args:
         dataset: a key of `RULES`.
         nclass: number of classes.
         reduce_zero_label: the masks count classes from 1, 0 is ignored.
+        upright: turn images as EXIF says.
     """
-    read = partial(
-        read_mask_pair, nclass=nclass, reduce_zero_label=reduce_zero_label, remedy=_REMEDIES[dataset]
+    rules = {"nclass": nclass, "reduce_zero_label": reduce_zero_label, "remedy": _REMEDIES[dataset]}
+    return DataSource(
+        list_split=RULES[dataset],
+        published=PUBLISHED.get(dataset, {}),
+        read=partial(read_mask_pair, upright=upright, **rules),
+        crop=scale_crop_flip,
+        inspect=partial(inspect_masks, **rules),
     )
-    return DataSource(RULES[dataset], PUBLISHED.get(dataset, {}), read, scale_crop_flip)
