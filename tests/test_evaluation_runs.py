@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import collect_results
 import eval_monodepth
 import eval_semseg
+import launch
 import numpy as np
 import pytest
 import torch
@@ -180,6 +182,19 @@ def test_a_run_of_another_program_in_the_same_folder_is_refused(trees, tmp_path)
         eval_semseg.main(segmentation(trees, tmp_path))
 
 
+def test_a_run_of_before_an_option_existed_is_resumed(segmented, trees, monkeypatch):
+    load_latest = Checkpoints.load_latest
+
+    def load_old(self):
+        state = load_latest(self)
+        del state["setting"]["apply_exif"]
+        return state
+
+    monkeypatch.setattr(Checkpoints, "load_latest", load_old)
+    monkeypatch.setattr(training, "accumulate", None)
+    assert metrics_of(eval_semseg.main(segmentation(trees, segmented[1]))) == metrics_of(segmented[0])
+
+
 def test_another_run_in_the_same_folder_is_refused(segmented, trees):
     with pytest.raises(SystemExit, match=r"holds a run with epochs 2, not 3: choose another --output_dir"):
         eval_semseg.main(segmentation(trees, segmented[1], "--epochs", "3"))
@@ -308,6 +323,27 @@ def test_an_unreadable_image_names_the_file(trees, tmp_path):
         eval_monodepth.main(depth(tmp_path, tmp_path / "run"))
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_targets_that_teach_nothing_end_the_run_before_it_starts(trees, tmp_path, monkeypatch, split):
+    shutil.copytree(trees / "own", tmp_path / "own")
+    for file in (tmp_path / "own" / split / "depth").iterdir():
+        if file.suffix == ".npy":
+            np.save(file, np.load(file) * 1000)
+        else:
+            Image.fromarray(np.full((48, 56), 50_000, np.uint16)).save(file)
+    monkeypatch.setattr(training, "accumulate", None)
+    with pytest.raises(SystemExit, match=rf"no pixel of \d depth files counts: .*own/{split}/depth/"):
+        eval_monodepth.main(depth(tmp_path, tmp_path / "run"))
+
+
+def test_flags_of_old_launchers_are_accepted(trees, tmp_path, monkeypatch):
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    monkeypatch.setattr(launch.os, "environ", dict(os.environ))
+    flags = ["--local-rank=0", "--port", "29511", "--epochs", "1", "--panels", "0"]
+    eval_monodepth.main(depth(trees, tmp_path, *flags))
+    assert launch.os.environ["MASTER_PORT"] == "29511"
+
+
 def test_counts_are_a_warning_or_an_error(trees, tmp_path, capsys):
     with pytest.raises(SystemExit, match="ade20k holds 3 val pairs, the published split 2000"):
         eval_semseg.main(segmentation(trees, tmp_path, "--expect_count"))
@@ -325,7 +361,7 @@ def test_counts_are_a_warning_or_an_error(trees, tmp_path, capsys):
         ("--seed -1", "--seed must be a non-negative integer, found -1"),
         ("--nclass 0", "--nclass must be an integer of at least 1 and of at most 255, found 0"),
         ("--weight_decay -1", "--weight_decay must be a non-negative number, found -1"),
-        ("--port 70000", "--port must be an integer of at least 1 and of at most 65535, found 70000"),
+        ("--port 70000", "--port must be an integer of at least 1 and of at most 65535 or none, found 70000"),
         ("--nclass 3", "--nclass is 3, but ade20k has 150 class names"),
         ("--crop_size 8", "--crop_size 8 is below the patch size, 16 pixels"),
         ("--head nowhere.pth --eval_only", "no weight file at nowhere.pth"),
