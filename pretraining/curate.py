@@ -191,10 +191,11 @@ def curate(config: CurateConfig, runtime: Runtime) -> Counter[str]:
         for part in parts:
             shard, path = shards[pending[part.tar]], paths[pending[part.tar]]
             if part.error:
-                unfinished.pop(part.tar, None)
                 counts["damaged_tars"] += 1
                 bar.write(f"damaged tar {shard.name}: {part.error}", file=sys.stderr)
-                continue
+                if not part.members:
+                    unfinished.pop(part.tar, None)
+                    continue
             if mae:
                 losses = reconstruction_losses(
                     mae,

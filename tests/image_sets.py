@@ -77,7 +77,8 @@ def damage(path: Path, how: str) -> None:
     data = path.read_bytes()
     if how == "truncated":
         with tarfile.open(path) as tar:
-            path.write_bytes(data[: tar.getmembers()[-1].offset_data + 2])
+            images = [member for member in tar.getmembers() if member.name.endswith(".png")]
+            path.write_bytes(data[: images[-1].offset_data + 2])
     elif how == "empty":
         path.write_bytes(b"")
     elif how == "not a tar":

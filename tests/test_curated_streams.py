@@ -86,7 +86,7 @@ def test_bytes_of_rejected_images_are_never_read(tmp_path, monkeypatch):
     tars, stats = write_web(tmp_path, [good(histogram_score=1.0 + 5 * (i % 4 == 0)) for i in range(40)])
     stream = open_stream("webdataset", tars, size=4, batch_size=10, json_path=stats, hist_thresh=4.5)
     read = []
-    monkeypatch.setattr("pixio.data.shards._read_at", lambda *place: read.append(place) or png(7))
+    monkeypatch.setattr("pixio.data.shards.read_member", lambda *place: read.append(place) or png(7))
     take(Loader(stream), 1)
     assert len(read) == 10
 

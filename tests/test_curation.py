@@ -241,7 +241,7 @@ def test_tar_on_a_failing_disk_is_not_damaged_but_scored_by_the_next_run(tars, s
     def fail(descriptor, offset, size):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr("pixio.data.shards._read_at", fail)
+    monkeypatch.setattr("pixio.data.shards.read_member", fail)
     run(tars, tmp_path, "--only", "size")
     assert content(tmp_path) == {}
     monkeypatch.undo()

@@ -2,6 +2,8 @@
 
 import io
 import math
+import struct
+import zlib
 from functools import partial
 
 import numpy as np
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_sets import encoded, noise, photographs, png, stream_of, write_tars
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as tvf
 
@@ -188,6 +191,51 @@ def test_unreadable_metadata_costs_no_image():
     assert decode_crop(data, 8, lambda width, height: (0, 0, width, height)).shape == (3, 8, 8)
 
 
+def test_large_color_profiles_and_texts_of_a_png_cost_no_image():
+    text = PngInfo()
+    text.add_text("comment", "x" * 3_000_000, zip=True)
+    data = encoded(noise(20, 10), "png", icc_profile=bytes(3_000_000), pnginfo=text)
+    assert np.array_equal(np.asarray(decode(data)), np.asarray(noise(20, 10)))
+    assert decoding.read_size(data) == (20, 10)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
+def test_jpeg_that_lacks_only_its_end_marker_is_an_image(options):
+    data = encoded(noise(70, 90), "jpeg", **options)
+    for missing in (1, 2):
+        assert np.array_equal(np.asarray(decode(data[:-missing])), np.asarray(decode(data)))
+    for missing in (3, 4, 10, 100):
+        with pytest.raises(DamagedDataError):
+            decode(data[:-missing])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("kind", ["gray", "palette"])
+def test_labels_are_the_numbers_that_a_png_stores(bits, kind):
+    labels = np.arange(96).reshape(8, 12) % min(2**bits, 90)
+    if kind == "palette" and bits == 16:
+        pytest.skip("a palette has at most 8 bits")
+    rows = [sum((int(value) << bits * (11 - x) for x, value in enumerate(row)), 0) for row in labels]
+    packed = b"".join(b"\0" + (row << -12 * bits % 8).to_bytes(-(-12 * bits // 8), "big") for row in rows)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 12, 8, bits, 0 if kind == "gray" else 3, 0, 0, 0))]
+    chunks += [(b"PLTE", bytes(range(3 * min(2**bits, 80))))] * (kind == "palette")
+    chunks += [(b"IDAT", zlib.compress(packed)), (b"IEND", b"")]
+    data = b"\x89PNG\r\n\x1a\n"
+    for name, content in chunks:
+        data += (
+            struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        )
+    found = decoding.read_labels(data)
+    assert found.dtype == (np.uint16 if bits == 16 else np.uint8)
+    assert np.array_equal(found, labels)
+
+
+def test_labels_of_several_channels_are_refused():
+    for data in (png(3), encoded(noise(8, 8), "jpeg")):
+        with pytest.raises(DamagedDataError, match="expected one channel in a PNG"):
+            decoding.read_labels(data)
+
+
 @pytest.mark.parametrize("format", ["png", "webp"])
 def test_animations_give_their_first_frame(format):
     frames = [Image.new("RGB", (16, 16), color) for color in ("red", "blue")]
@@ -197,7 +245,7 @@ def test_animations_give_their_first_frame(format):
 
 def test_jpeg_cut_off_below_the_crop_is_damaged():
     whole = encoded(photographs()["coffee"], "jpeg")
-    for end in (len(whole) // 2, len(whole) - 2):
+    for end in (len(whole) // 2, len(whole) - 20):
         with pytest.raises(DamagedDataError):
             decode_crop(whole[:end], 32, lambda width, height: (0, 0, 64, 64))
 

@@ -1,5 +1,6 @@
 """The loader: every image once per epoch, exact resumption, damage counted, no process left behind."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -8,8 +9,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -184,10 +187,8 @@ def test_stream_decodes_exactly_when_asked(tmp_path):
 
 
 DAMAGES = [
-    "truncated",
     "empty",
     "not a tar",
-    "broken header",
     "no image",
     "negative size",
     "huge size",
@@ -204,6 +205,17 @@ def test_damaged_tar_is_skipped_and_counted(tmp_path, how):
         assert sorted(batch) == [*range(10), *range(20, 30)]
     assert loader.counts["bad_shard"] == 2  # once in each epoch
     assert "set-train-001.tar" in loader.errors[0]
+
+
+@pytest.mark.parametrize(("how", "left"), [("truncated", 9), ("broken header", 2)])
+def test_images_before_the_damage_of_a_tar_are_used_and_the_loss_is_counted(tmp_path, how, left):
+    write_tars(tmp_path, [10, 10, 10])
+    damage(tmp_path / "set-train-001.tar", how)
+    loader = Loader(stream_of(tmp_path, 20 + left))
+    for batch in take(loader, 2):
+        assert sorted(batch) == [*range(10 + left), *range(20, 30)]
+    assert (loader.counts["incomplete_shard"], loader.counts["bad_shard"]) == (2, 0)
+    assert f"the {left} images before it are used" in loader.errors[0]
 
 
 def test_damaged_image_is_skipped_named_and_logged_at_a_bounded_rate(tmp_path, caplog):
@@ -235,7 +247,7 @@ def test_storage_that_fails_stops_the_run_soon(tmp_path):
 def test_set_of_damaged_tars_only_is_an_error(tmp_path):
     write_tars(tmp_path, [3, 3])
     for path in tmp_path.iterdir():
-        damage(path, "truncated")
+        damage(path, "not a tar")
     with pytest.raises(DataError, match="bad_shard 2"):
         take(Loader(stream_of(tmp_path, 1)), 1)
 
@@ -281,6 +293,62 @@ def test_dead_worker_is_reported_with_shard_and_member(tmp_path, monkeypatch):
         DataError, match=r"worker process died while it read set-train-001\.tar: '00017\.png'"
     ):
         take(Loader(stream_of(tmp_path), num_workers=2), 100)
+
+
+@pytest.mark.parametrize("free", [10**12, 1000])
+def test_batches_come_whatever_room_shared_memory_has(tmp_path, monkeypatch, free):
+    stream = stream_of(write_tars(tmp_path, [9, 14]))
+    expected = take(Loader(stream, num_workers=2), 6)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    loader = Loader(stream, num_workers=2)
+    with pytest.warns(UserWarning, match="--shm-size") if free < 10**6 else nullcontext():
+        assert take(loader, 6) == expected
+    batch = next(iter(loader))["images"]
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_batches_come_when_shared_memory_becomes_full(tmp_path, monkeypatch):
+    def full(self):
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    stream = stream_of(write_tars(tmp_path, [9, 14]))
+    expected = take(Loader(stream), 4)
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    assert take(Loader(stream, num_workers=1), 4) == expected
+
+
+def test_more_consumers_than_images_get_images_all_the_same(tmp_path):
+    write_tars(tmp_path, [1, 2])
+    stream = stream_of(tmp_path, 2)
+    for rank in (0, 7, 59):
+        assert set(take(Loader(stream, rank=rank, world_size=60), 3)[2]) <= {0, 1, 2}
+
+
+def test_tars_listed_one_by_one_resume_under_another_name(tmp_path, monkeypatch):
+    root = write_tars(tmp_path / "disk", [9, 14])
+    monkeypatch.chdir(tmp_path)
+    options = {"size": 4, "batch_size": 4}
+    relative = open_stream("webdataset", "disk/set-train-{000..001}.tar", **options)
+    loader = Loader(relative)
+    take(loader, 3)
+    state, rest = [loader.state_dict()], take(loader, 5)
+    root.rename(tmp_path / "moved")
+    moved = str(tmp_path / "moved/set-train-{000..001}.tar")
+    for kind, path in (("webdataset", moved), ("imagenet", moved), ("imagenet", "moved")):
+        assert take(Loader(open_stream(kind, path, **options), state=state), 5) == rest
+
+
+@pytest.mark.parametrize("path", ["disk/set-train-000.tar", "{root}/disk/set-train-000.tar"])
+def test_states_that_name_tars_by_their_location_are_read(tmp_path, monkeypatch, path):
+    write_tars(tmp_path / "disk", [9])
+    monkeypatch.chdir(tmp_path)
+    path = path.format(root=tmp_path)
+    stream = open_stream("webdataset", path, size=4, batch_size=4)
+    state = Loader(stream).state_dict()
+    state["stream"]["shard_names"] = hashlib.sha256(path.encode()).hexdigest()[:16]
+    resumed = Loader(stream, state=[state])
+    assert resumed.stream.shards[0].name == path  # crops are drawn as in that run
+    assert resumed.state_dict() == state
 
 
 def test_no_process_is_left_when_the_reader_stops(tmp_path):

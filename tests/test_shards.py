@@ -1,12 +1,21 @@
 """Where training images are: folders, tars, URLs, scenes."""
 
+import json
+import os
+import subprocess
 import tarfile
+import tempfile
 from itertools import chain
+from pathlib import Path
 
 import pytest
 from image_sets import png, stream_of, take, write_tar, write_tars
 
 from pixio.data import Loader, find_shards, open_stream
+from pixio.data.shards import describe
+from pixio.data.tar_index import index_tar, read_member
+from pixio.images.decoding import DamagedDataError
+from pixio.images.listing import IMAGE_SUFFIXES
 
 
 def test_imagenet_reads_train_tars_directly_in_the_folder(tmp_path):
@@ -92,3 +101,124 @@ def test_hostile_member_names_reach_nothing_outside(tmp_path):
     loader = Loader(stream_of(path.parent, 3))
     assert [sorted(batch) for batch in take(loader, 2)] == [[1, 2, 3]] * 2
     assert loader.counts == {"seen": 6, "kept": 6}
+
+
+def members(data: bytes, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> dict[str, bytes]:
+    """What an index of a tar finds, read by it; under `damage` what it says of the rest."""
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        index = index_tar(file, suffixes)
+        found = {e.key: read_member(file.fileno(), e, index.extents.get(e.offset)) for e in index.entries}
+    return found | ({"damage": index.damage.encode()} if index.damage else {})
+
+
+def tar(tmp_path: Path, *names: str) -> bytes:
+    return write_tar(tmp_path / "x.tar", {name: name.encode() for name in names}).read_bytes()
+
+
+def test_hidden_members_of_a_tar_are_no_images(tmp_path):
+    names = ["._0.jpg", "./0.jpg", "a/._1.jpg", "__MACOSX/a/2.jpg", "@eaDir/3.jpg", "a/4.PNG"]
+    assert list(members(tar(tmp_path, *names))) == ["./0.jpg", "a/4.PNG"]
+
+
+def test_tars_that_follow_one_another_in_a_file_are_read(tmp_path):
+    first, second = tar(tmp_path, "0.jpg"), tar(tmp_path, "1.jpg", "2.jpg")
+    assert members(first + second) == {name: name.encode() for name in ("0.jpg", "1.jpg", "2.jpg")}
+    cut = members(first + second[:1200])
+    assert list(cut) == ["0.jpg", "1.jpg", "damage"]
+    assert members(first + b"\0" * 71_680 + second) == members(first + second)
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        (1024, None),
+        (1100, "broken header at byte 1,024"),
+        (1538, "cut off at byte 1,538, inside of member '1.jpg'"),
+    ],
+)
+def test_tar_that_is_cut_off_gives_its_complete_members_and_says_so(tmp_path, end, said):
+    found = members(tar(tmp_path, "0.jpg", "1.jpg")[:end])
+    assert found.pop("0.jpg") == b"0.jpg"
+    assert found == ({"damage": f"{said}: the 1 images before it are used".encode()} if said else {})
+    with pytest.raises(DamagedDataError, match="not a readable tar: cut off at byte 515"):
+        members(tar(tmp_path, "0.jpg")[:515])
+
+
+@pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
+def test_compressed_tar_under_a_plain_name_is_said_to_be_compressed(tmp_path, mode):
+    with tarfile.open(tmp_path / "x.tar", f"w:{mode}") as archive:
+        archive.addfile(tarfile.TarInfo("0.jpg"))
+    with pytest.raises(DamagedDataError, match=r"compressed with (gzip|bzip2|xz).*unpack it"):
+        members((tmp_path / "x.tar").read_bytes())
+
+
+def test_tar_of_links_or_of_tars_says_what_it_holds(tmp_path):
+    with tarfile.open(tmp_path / "links.tar", "w") as archive:
+        link = tarfile.TarInfo("0.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/data/0.jpg"
+        archive.addfile(link)
+    with pytest.raises(DamagedDataError, match=r"no image member.*1 are links, which tar --dereference"):
+        members((tmp_path / "links.tar").read_bytes())
+    with pytest.raises(DamagedDataError, match=r"no image member.*2 are tars themselves: unpack them"):
+        members(tar(tmp_path, "a.tar", "b.tar.gz"))
+
+
+@pytest.mark.parametrize("format", ["gnu", "oldgnu", "posix"])
+def test_sparse_members_are_read(tmp_path, format):
+    with open(tmp_path / "0.jpg", "wb") as file:
+        file.write(b"begin")
+        file.seek(3 << 20)
+        file.write(b"middle")
+        file.seek(5 << 20)
+        file.write(b"end")
+    (tmp_path / "1.jpg").write_bytes(b"plain")
+    command = ["tar", "--sparse", f"--format={format}", "-cf", "x.tar", "0.jpg", "1.jpg"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    assert (tmp_path / "x.tar").stat().st_size < 1 << 20
+    found = members((tmp_path / "x.tar").read_bytes())
+    assert found == {name: (tmp_path / name).read_bytes() for name in ("0.jpg", "1.jpg")}
+
+
+def test_suffix_chooses_images_among_their_companions_and_the_count_says_so(tmp_path):
+    write_tar(tmp_path / "x.tar", {f"{i}{end}": png(i) for i in range(3) for end in (".png", ".seg.png")})
+    every = find_shards("webdataset", str(tmp_path), 4)
+    assert describe(every) == "training set: 1 shards; the first holds 6 images (3 .png, 3 .seg.png)"
+    chosen = open_stream("webdataset", str(tmp_path), size=4, batch_size=4, image_suffix=".SEG.png")
+    assert describe(chosen.shards) == "training set: 1 shards; the first holds 3 images (3 .seg.png)"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "remedy"),
+    [
+        ("imagenet", "a/0.jpg", "holds 1 images: use --dataset_type folder"),
+        ("webdataset", "a/0.jpg", "holds 1 images: use --dataset_type folder"),
+        ("folder", "a/0.tar", "holds 1 tars: use --dataset_type webdataset"),
+        ("imagenet", "a/0.tar", "holds 1 tars: use --dataset_type webdataset"),
+        ("webdataset", "0.tar.gz", "compressed tars.*gunzip"),
+        ("webdataset", "data/0.parquet", "parquet files.*load_dataset"),
+    ],
+)
+def test_set_of_another_kind_is_named_with_the_way_to_read_it(tmp_path, kind, name, remedy):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    for path in (tmp_path, tmp_path / name):
+        if path.is_file() and path.suffix in (".tar", ".jpg"):
+            continue
+        with pytest.raises(FileNotFoundError, match=remedy):
+            open_stream(kind, str(path), size=4, batch_size=1)
+
+
+def test_names_that_are_not_utf8_are_read_counted_and_saved(tmp_path):
+    root = Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9"))
+    root.mkdir()
+    for i in range(4):
+        (root / os.fsdecode(b"%d\xff.png" % i)).write_bytes(png(i) if i else b"?")
+    write_tar(root / os.fsdecode(b"\xe9.tar"), {os.fsdecode(b"%d\xff.png" % i): png(i) for i in range(4)})
+    for kind, count in (("folder", 3), ("webdataset", 4)):
+        loader = Loader(open_stream(kind, str(root), size=4, batch_size=count))
+        assert len(take(loader, 1)[0]) == count
+        assert json.loads(json.dumps(loader.report(), ensure_ascii=False)) == loader.report()
+        again = Loader(loader.stream, state=json.loads(json.dumps([loader.state_dict()])))
+        assert take(again, 1) == take(loader, 1)

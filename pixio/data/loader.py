@@ -10,11 +10,16 @@ Guarantees, for as long as the data set and the seed stay the same:
   the same epoch, what had not been is, each image once. Only the order differs from the uninterrupted run.
 """
 
+import os
+import shutil
+import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -25,6 +30,7 @@ from pixio.data.stream import Stream, StreamReader
 from pixio.data.worker_status import WorkerStatus, what_dead_workers_read, worker_deaths_raised_by_next
 
 MAX_ERRORS = 10_000  # different messages that a loader remembers
+SHARED_MEMORY, MIB = "/dev/shm", 2**20
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class _RankBatches(IterableDataset):
     stream: Stream
     sampler: Sampler
     consumers: list[tuple[int, Position, WorkerStatus]]  # number in the sampler, start, what it reads
+    shared_memory: bool  # batches travel in it, else through pipes
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
@@ -41,10 +48,24 @@ class _RankBatches(IterableDataset):
         status.start()
         try:
             for batch in StreamReader(self.stream, self.sampler, consumer, status).batches(start):
+                if info:
+                    batch["images"] = _to_send(batch["images"], self.shared_memory)
                 yield {**batch, "consumer": consumer}
         except DataError as error:
             # raised by the loader, without the traceback of a process the reader does not know
             yield {"failure": str(error)}
+
+
+def _to_send(images: Tensor, shared_memory: bool) -> Tensor | np.ndarray:
+    """A batch on its way to the main process: a tensor in shared memory, or an array [B, S, S, 3]."""
+    if shared_memory:
+        with suppress(RuntimeError):  # it has become full
+            return images.share_memory_()
+    return images.permute(0, 2, 3, 1).numpy()
+
+
+def _as_sent(batch: dict[str, Any]) -> dict[str, Any]:
+    return batch
 
 
 class Loader:
@@ -108,8 +129,9 @@ class Loader:
             for reader, status in zip(readers, statuses, strict=True)
         ]
         loader = DataLoader(
-            _RankBatches(self.stream, self._sampler, consumers),
+            _RankBatches(self.stream, self._sampler, consumers, self._fits_shared_memory()),
             batch_size=None,
+            collate_fn=_as_sent,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             prefetch_factor=self.prefetch if self.num_workers else None,
@@ -136,7 +158,27 @@ class Loader:
             self.counts.update(batch["counts"])
             if len(self._errors) < MAX_ERRORS:
                 self._errors.update(dict.fromkeys(batch["errors"]))
-            yield {"images": batch["images"]}
+            images = batch["images"]
+            if isinstance(images, np.ndarray):
+                images = torch.from_numpy(images).permute(0, 3, 1, 2)
+                images = images.pin_memory() if self.pin_memory else images
+            yield {"images": images}
+
+    def _fits_shared_memory(self) -> bool:
+        """Whether /dev/shm has room for the batches of all workers; warns if not. A container has 64 MB."""
+        if not self.num_workers or not os.path.isdir(SHARED_MEMORY):
+            return True
+        batch = self.stream.batch_size * 3 * self.stream.size**2  # bytes
+        needed = batch * (self.num_workers * (self.prefetch + 1) + 2)
+        free = shutil.disk_usage(SHARED_MEMORY).free
+        if needed > free:
+            warnings.warn(
+                f"{SHARED_MEMORY} has {free / MIB:,.0f} MiB free, the batches of {self.num_workers} workers "
+                f"need {needed / MIB:,.0f} MiB: they are sent through pipes, which is slower. Enlarge it "
+                "(docker run --shm-size=16g), or use fewer workers or smaller batches",
+                stacklevel=3,
+            )
+        return needed <= free
 
     @property
     def errors(self) -> list[str]:
@@ -167,6 +209,7 @@ class Loader:
                 f"the loader's state must hold one entry for each of the {world_size} ranks that saved it, "
                 f"found ranks {ranks}; gather state_dict() over all ranks before saving"
             )
+        self.stream = self.stream.named_as_in(states[0]["stream"])
         here = self.stream.identity()
         for there in (state["stream"] for state in states):
             changed = ", ".join(

@@ -23,7 +23,8 @@ class ReadStatistics:
     """Counts and error messages of one consumer since it started, and the limits that stop the run.
 
     Counts: `seen` images = `kept` + `bad_image` + those dropped by `no_statistics`, `damaged`, `histogram`,
-    `resolution` or `sampled_out`; beside them whole shards, as `bad_shard` and `shard_without_statistics`.
+    `resolution` or `sampled_out`; beside them whole shards, as `bad_shard`, `incomplete_shard`
+    (what can be read of it is used) and `shard_without_statistics`.
     """
 
     def __init__(self, error_budget: float) -> None:
@@ -47,7 +48,7 @@ class ReadStatistics:
         self._consecutive = 0
         self._start_search()
 
-    def fail(self, kind: str, where: str, error: Exception) -> None:
+    def fail(self, kind: str, where: str, error: Exception | str) -> None:
         """Count what cannot be read, log it at a bounded rate, and stop when it is too much.
 
         Raises:
@@ -65,7 +66,7 @@ class ReadStatistics:
         else:
             self._unlogged += 1
 
-        errors = self.counts["bad_image"] + self.counts["bad_shard"]
+        errors = sum(self.counts[name] for name in ("bad_image", "bad_shard", "incomplete_shard"))
         read = errors + self.counts["kept"]
         if self._consecutive >= MAX_CONSECUTIVE:
             self._stop(f"{self._consecutive} failures in a row")
@@ -76,11 +77,12 @@ class ReadStatistics:
         latest = "\n  ".join(self._latest)
         raise DataError(f"the training data cannot be read: {why}; the last ones:\n  {latest}")
 
-    def end_empty(self, group: Group, sampler: Sampler) -> None:
+    def end_empty(self, group: Group, sampler: Sampler, had_entries: bool) -> None:
         """Note a group that was read whole without one sample; stop when the set has none.
 
         A consumer can be unlucky with what it is assigned. It stops when it has been through every slice in
-        vain and chance had no part in it, or through so many that the set may as well be empty.
+        vain and chance had no part in it, or through so many that the set may as well be empty. Slices that
+        have no entry because consumers outnumber images (`had_entries` false) are no sign of that.
 
         Raises:
             DataError: the training set gives no image.
@@ -88,14 +90,15 @@ class ReadStatistics:
         parts = sampler.parts
         slices = [item for item in group.items if isinstance(item, ShardSlice) and item.parts == parts]
         self._empty.update(slices)
-        self._empty_count += len(slices)
+        self._empty_count += len(slices) if had_entries else 0
         everything = len(self._empty) == sampler.shards * parts
         certain = everything and self.counts["sampled_out"] == self._sampled_out
         if certain or self._empty_count >= MAX_EMPTY:
             counts = ", ".join(f"{name} {count}" for name, count in sorted(self.counts.items()) if count)
             latest = "".join(f"\n  {message}" for message in self._latest)
+            count = max(self._empty_count, len(self._empty))
             raise DataError(
-                f"the training set gives no image: {self._empty_count} shards or parts of them had none to "
+                f"the training set gives no image: {count} shards or parts of them had none to "
                 f"use ({counts}); check the data and its thresholds{latest}"
             )
 

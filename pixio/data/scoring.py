@@ -27,7 +27,7 @@ class ScoredBatch(NamedTuple):
     seeds: list[int]  # one for each, from the image's bytes
     members: int  # of the whole tar; 0 if it cannot be read
     last: bool
-    error: str = ""
+    error: str = ""  # of the tar
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,9 @@ class TarScorer(IterableDataset):
             except DamagedDataError as error:  # but where the disk fails the tar is to be tried again
                 records[entry.key] = {"error": str(error)}
         count = len(source.entries)
-        return ScoredBatch(tar, records, names, self._stack(images), seeds, count, stop >= count)
+        last = stop >= count
+        damage = source.damage if last else ""
+        return ScoredBatch(tar, records, names, self._stack(images), seeds, count, last, damage)
 
     def _stack(self, images: list[Tensor]) -> Tensor:
         return torch.stack(images) if images else torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)

@@ -3,20 +3,20 @@
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import repeat, takewhile
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
 from pixio.data.randomness import digest, generator
-from pixio.data.tar_index import Entry, index_tar
+from pixio.data.tar_index import Entry, index_tar, read_member
 from pixio.images.decoding import DamagedDataError
 from pixio.images.listing import IMAGE_SUFFIXES, is_junk, list_files
-
-MAX_BYTES = 1 << 29  # of one encoded image; what is larger is no photograph
 
 FOLDER_CHUNK = 256  # images of a folder that make one shard
 SCENE_CHUNK, SCENE_CHUNKS = 256, 1024  # scenes in a shard, shards in an epoch
@@ -24,10 +24,14 @@ FIRST_SCENE = 1 << 62  # far from the seeds of written scene trees, so that held
 
 
 class OpenShard(NamedTuple):
-    """An open shard: its index, and how to read one entry (encoded bytes, or uint8 pixels [H, W, 3])."""
+    """An open shard: its index, and how to read one entry (encoded bytes, or uint8 pixels [H, W, 3]).
+
+    `damage` says what else it held and has lost; empty if nothing.
+    """
 
     entries: Sequence[Entry]
     read: Callable[[Entry], bytes | np.ndarray]
+    damage: str = ""
 
 
 class Shard(Protocol):
@@ -50,16 +54,27 @@ def is_url(location: str) -> bool:
 
 @dataclass(frozen=True)
 class TarShard:
-    """An uncompressed tar, on a local disk or behind a URL; its image members are read by their offset."""
+    """An uncompressed tar, on a local disk or behind a URL; its image members are read by their offset.
+
+    Attributes:
+        name: the same wherever the set lies: it seeds crops, and positions in the set refer to it.
+        location: absolute path, or URL.
+        suffixes: of the members that are images to read.
+    """
 
     name: str
     location: str
+    suffixes: tuple[str, ...] = IMAGE_SUFFIXES
 
     @contextmanager
     def open(self, epoch: int) -> Iterator[OpenShard]:
         with self._file() as file:
-            descriptor = file.fileno()
-            yield OpenShard(index_tar(file), lambda entry: _read_at(descriptor, entry.offset, entry.size))
+            index, descriptor = index_tar(file, self.suffixes), file.fileno()
+
+            def read(entry: Entry) -> bytes:
+                return read_member(descriptor, entry, index.extents.get(entry.offset))
+
+            yield OpenShard(index.entries, read, index.damage)
 
     @contextmanager
     def _file(self) -> Iterator[BinaryIO]:
@@ -77,15 +92,6 @@ class TarShard:
             yield file
 
 
-def _read_at(descriptor: int, offset: int, size: int) -> bytes:
-    if size > MAX_BYTES:
-        raise DamagedDataError(f"{size} bytes is above {MAX_BYTES}")
-    data = os.pread(descriptor, size, offset)
-    if len(data) != size:
-        raise DamagedDataError(f"{len(data)} bytes where the index promises {size}")
-    return data
-
-
 @dataclass(frozen=True)
 class FolderShard:
     """A few hundred image files of a folder."""
@@ -100,7 +106,7 @@ class FolderShard:
 
     def _read(self, entry: Entry) -> bytes:
         with open(os.path.join(self.root, entry.key), "rb") as file:
-            return _read_at(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+            return read_member(file.fileno(), entry._replace(size=os.fstat(file.fileno()).st_size))
 
 
 @dataclass(frozen=True)
@@ -120,50 +126,79 @@ class SceneShard:
         yield OpenShard(entries, lambda entry: render(int(entry.key), self.size).image)
 
 
-def _tars(data_path: str | None, what: str, search: Callable[[Path], list[str]]) -> list[Shard]:
+def _tars(data_path: str | None, suffixes: tuple[str, ...], what: str, search: Callable) -> list[Shard]:
     if data_path and (is_url(data_path) or data_path.endswith(".tar")):
         from webdataset.shardlists import expand_urls
 
-        locations = expand_urls(data_path)
-        for location in locations:
+        given = expand_urls(data_path)
+        for location in given:
             if not is_url(location) and not os.path.isfile(location):
                 raise FileNotFoundError(f"no tar {location} (from data_path {data_path})")
-        return [TarShard(name, name if is_url(name) else os.path.abspath(name)) for name in locations]
+        locations = [name if is_url(name) else os.path.abspath(name) for name in given]
+        return list(map(TarShard, _portable_names(locations), locations, repeat(suffixes)))
     root = _folder(data_path)
     names = search(root)
     if not names:
-        raise FileNotFoundError(f"no file {what} {root.absolute()}; check data_path")
-    return [TarShard(name, os.path.abspath(root / name)) for name in names]
+        raise FileNotFoundError(f"no file {what} {root.absolute()}; check data_path{_hint(root)}")
+    return [TarShard(name, os.path.abspath(root / name), suffixes) for name in names]
 
 
-def _imagenet(data_path: str | None, size: int) -> list[Shard]:
-    return _tars(
-        data_path,
-        "*train*.tar directly in",
-        lambda root: sorted(path.name for path in root.glob("*train*.tar") if not is_junk(path.name)),
-    )
+def _portable_names(locations: Sequence[str]) -> list[str]:
+    """Names that stay when all tars are moved together: their paths below the folder they share."""
+    split = [[location] if location.startswith("pipe:") else location.split("/") for location in locations]
+    levels = zip(*(parts[:-1] for parts in split), strict=False)
+    shared = sum(1 for _ in takewhile(lambda names: len(set(names)) == 1, levels))
+    return ["/".join(parts[shared:]) for parts in split]
 
 
-def _web(data_path: str | None, size: int) -> list[Shard]:
-    return _tars(data_path, "*.tar in or below", lambda root: list_files(root, (".tar",)))
+def _hint(root: Path) -> str:
+    """What a folder holds instead of what was sought, and what to do with it; empty if nothing is known."""
+    kinds = {
+        "images: use --dataset_type folder": IMAGE_SUFFIXES,
+        "tars: use --dataset_type webdataset": (".tar",),
+        "compressed tars, whose images cannot be read by their place: unpack each once, e.g. "
+        "`for f in *.gz; do gunzip $f; done`": (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"),
+        "parquet files: write their images as files once, e.g. with the `datasets` library: `for i, row in "
+        "enumerate(load_dataset('parquet', data_files='*.parquet', split='train')): "
+        "row['image'].save(f'images/{i:08d}.png')`, and use --dataset_type folder": (".parquet",),
+    }
+    for kind, suffixes in kinds.items():
+        if found := list_files(root, suffixes):
+            return f". It holds {len(found):,} {kind} ({found[0]}, …)"
+    return ""
 
 
-def _images(data_path: str | None, size: int) -> list[Shard]:
+def _imagenet(data_path: str | None, size: int, suffixes: tuple[str, ...]) -> list[Shard]:
+    def search(root: Path) -> list[str]:
+        return sorted(path.name for path in root.glob("*train*.tar") if not is_junk(path.name))
+
+    return _tars(data_path, suffixes, "*train*.tar directly in", search)
+
+
+def _web(data_path: str | None, size: int, suffixes: tuple[str, ...]) -> list[Shard]:
+    return _tars(data_path, suffixes, "*.tar in or below", lambda root: list_files(root, (".tar",)))
+
+
+def _images(data_path: str | None, size: int, suffixes: tuple[str, ...]) -> list[Shard]:
     root = _folder(data_path)
-    files = list_files(root)
+    files = list_files(root, suffixes)
     if not files:
-        raise FileNotFoundError(f"no image ({', '.join(IMAGE_SUFFIXES)}) in or below {root.absolute()}")
+        found = f"no image ({', '.join(suffixes)}) in or below {root.absolute()}"
+        raise FileNotFoundError(f"{found}; check data_path{_hint(root)}")
     # one fixed permutation mixes the classes, which lie folder by folder, into every shard
     files = [files[i] for i in generator("folder").permutation(len(files))]
     chunks = ["\0".join(files[i : i + FOLDER_CHUNK]) for i in range(0, len(files), FOLDER_CHUNK)]
     return [FolderShard(f"{i:06d}-{digest(chunk).hex()}", str(root), chunk) for i, chunk in enumerate(chunks)]
 
 
-def _scenes(data_path: str | None, size: int) -> list[Shard]:
+def _scenes(data_path: str | None, size: int, suffixes: tuple[str, ...]) -> list[Shard]:
     return [SceneShard(f"scenes-{i:04d}", i, size) for i in range(SCENE_CHUNKS)]
 
 
 def _folder(data_path: str | None) -> Path:
+    if data_path and os.path.isfile(data_path):
+        hint = _hint(Path(data_path).parent)
+        raise FileNotFoundError(f"data_path {data_path} is neither a folder nor a plain .tar{hint}")
     if not data_path or not os.path.isdir(data_path):
         raise FileNotFoundError(f"data_path {data_path!r} is not a folder; it must hold the training images")
     return Path(data_path)
@@ -172,7 +207,9 @@ def _folder(data_path: str | None) -> Path:
 DATASET_TYPES = {"imagenet": _imagenet, "webdataset": _web, "folder": _images, "scenes": _scenes}
 
 
-def find_shards(dataset_type: str, data_path: str | None, size: int) -> list[Shard]:
+def find_shards(
+    dataset_type: str, data_path: str | None, size: int, image_suffix: str | None = None
+) -> list[Shard]:
     """List the shards of a training set.
 
     Args:
@@ -181,6 +218,8 @@ def find_shards(dataset_type: str, data_path: str | None, size: int) -> list[Sha
         data_path: the folder; for tars also the path of one `.tar`, or URLs (`https://…`, `pipe:command`),
             both with braces as in `{000..127}.tar` and `::` between several. Ignored for `scenes`.
         size: side in pixels at which scenes are rendered.
+        image_suffix: ending of the names to read, such as `.jpg` of tars that hold KEY.jpg with KEY.seg.png;
+            None = every image (`IMAGE_SUFFIXES`).
 
     Returns:
         The shards, in the same order on every node.
@@ -191,4 +230,20 @@ def find_shards(dataset_type: str, data_path: str | None, size: int) -> list[Sha
     """
     if dataset_type not in DATASET_TYPES:
         raise ValueError(f"unknown dataset_type {dataset_type!r}; choose from {', '.join(DATASET_TYPES)}")
-    return DATASET_TYPES[dataset_type](data_path, size)
+    suffixes = (image_suffix.lower(),) if image_suffix else IMAGE_SUFFIXES
+    return DATASET_TYPES[dataset_type](data_path, size, suffixes)
+
+
+def describe(shards: Sequence[Shard]) -> str:
+    """A line on what a training set holds, counted in its first shard: the endings of the names it takes."""
+    first = shards[0]
+    if isinstance(first, SceneShard) or is_url(getattr(first, "location", "")):
+        return f"training set: {len(shards):,} shards"
+    try:
+        with first.open(0) as source:
+            names = [os.path.basename(entry.key) for entry in source.entries]
+    except (DamagedDataError, OSError) as error:
+        return f"training set: {len(shards):,} shards; the first, {first.name}, cannot be read: {error}"
+    kinds = Counter(name[name.find(".") :].lower() for name in names)
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(4))
+    return f"training set: {len(shards):,} shards; the first holds {len(names):,} images ({counts})"

@@ -5,10 +5,11 @@ state of a stream is where each consumer stands; see `pixio.data.sampling`.
 """
 
 import hashlib
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from pixio.data.curation import Curation
 from pixio.data.randomness import generator
 from pixio.data.read_statistics import ReadStatistics
 from pixio.data.sampling import Group, Position, Sampler
-from pixio.data.shards import OpenShard, Shard, find_shards
+from pixio.data.shards import OpenShard, Shard, TarShard, find_shards
 from pixio.data.tar_index import Entry
 from pixio.data.worker_status import WorkerStatus
 from pixio.images import jpeg
@@ -73,6 +74,17 @@ class Stream:
             "shard_names": hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16],
         }
 
+    def named_as_in(self, identity: dict[str, Any]) -> "Stream":
+        """This stream with the names that its shards have in `identity`, if they are the same shards.
+
+        Tars that were listed one by one used to be named by their location, absolute or relative.
+        """
+        for name in (lambda location: location, os.path.relpath):
+            shards = [replace(s, name=name(s.location)) for s in self.shards if isinstance(s, TarShard)]
+            if shards and (renamed := replace(self, shards=shards)).identity() == identity:
+                return renamed
+        return self
+
 
 def open_stream(
     dataset_type: str,
@@ -89,11 +101,12 @@ def open_stream(
     shuffle_shards: int = 8,
     error_budget: float = 0.2,
     decode: Literal["fast", "exact"] = "fast",
+    image_suffix: str | None = None,
 ) -> Stream:
     """Describe a stream of training images; `Loader` reads it.
 
     Args:
-        dataset_type, data_path: what to read, and where; see `find_shards`.
+        dataset_type, data_path, image_suffix: what to read, and where; see `find_shards`.
         json_path, hist_thresh, imgres_thresh, soft_sampling: curation of a `webdataset`; see `Curation`.
         size, batch_size, seed, crop_scale, shuffle_shards, error_budget, decode: see `Stream`.
 
@@ -112,7 +125,7 @@ def open_stream(
             "simplejpeg is not installed, Pillow decodes JPEGs more slowly: pip install simplejpeg",
             stacklevel=2,
         )
-    shards = find_shards(dataset_type, data_path, size)
+    shards = find_shards(dataset_type, data_path, size, image_suffix)
     return Stream(shards, size, batch_size, seed, crop_scale, curation, shuffle_shards, error_budget, decode)
 
 
@@ -164,7 +177,8 @@ class StreamReader:
                         if crop is not None:
                             yield crop, (epoch, i, at + 1)
                 if done == 0 and counts["kept"] == kept:
-                    self.statistics.end_empty(groups[i], self.sampler)
+                    had_entries = bool(entries) or len(opened) < len(groups[i].shards())
+                    self.statistics.end_empty(groups[i], self.sampler, had_entries)
                 done = 0
             begun = 0
             epoch += 1
@@ -183,7 +197,10 @@ class StreamReader:
                     if records is None:
                         self.statistics.counts["shard_without_statistics"] += 1
                         continue
-                opened[index] = stack.enter_context(shard.open(epoch)), records
+                source = stack.enter_context(shard.open(epoch))
+                opened[index] = source, records
+                if source.damage:
+                    self.statistics.fail("incomplete_shard", shard.name, source.damage)
             except (DamagedDataError, OSError) as error:
                 self.statistics.fail("bad_shard", shard.name, error)
         return opened

@@ -2,10 +2,15 @@
 
 import os
 import tarfile
+from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from pixio.images.decoding import DamagedDataError
 from pixio.images.listing import IMAGE_SUFFIXES, is_junk
+
+MAX_BYTES = 1 << 29  # of one encoded image; what is larger is no photograph
+
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 class Entry(NamedTuple):
@@ -16,35 +21,115 @@ class Entry(NamedTuple):
     size: int = 0
 
 
-def index_tar(file: BinaryIO) -> list[Entry]:
-    """List the image members of an uncompressed tar.
+class TarIndex(NamedTuple):
+    """The image members of a tar, and what is wrong with the rest of it, if anything is.
 
-    Only regular files count: links point elsewhere, and names are labels that are never opened.
+    `extents` has the parts of sparse members that are stored, by offset: (place in the image, bytes) of each.
+    """
+
+    entries: list[Entry]
+    extents: dict[int, list[tuple[int, int]]]
+    damage: str
+
+
+def index_tar(file: BinaryIO, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> TarIndex:
+    """List the image members of an uncompressed tar, and of those that are appended to it.
+
+    Only regular files count: links point elsewhere, and names are labels that are never opened. Of a tar that
+    is cut off or damaged the members before the damage are listed.
+
+    Args:
+        file: the tar.
+        suffixes: in lower case; members with one of them, in any case, are listed, but for junk.
 
     Raises:
-        DamagedDataError: not a readable tar, or one without an image.
+        DamagedDataError: not a readable tar, or one without an image; says what it is instead.
     """
-    entries, end = [], os.fstat(file.fileno()).st_size
-    file.seek(0)
+    start = os.pread(file.fileno(), 8, 0)
+    for magic, kind in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise DamagedDataError(
+                f"compressed with {kind}, so that no image can be read by its place: unpack it"
+            )
+    entries: list[Entry] = []
+    extents: dict[int, list[tuple[int, int]]] = {}
+    links = tars = 0
+    damage = ""
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            last = -1
-            for member in tar:
-                if member.offset <= last or member.size < 0 or member.offset_data + member.size > end:
-                    raise DamagedDataError(f"impossible header of member {member.name!r}")
-                last = member.offset
-                regular = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.sparse
-                if regular and member.name.lower().endswith(IMAGE_SUFFIXES) and not is_junk(member.name):
+        for member in _members(file):
+            name = member.name.lower()
+            image = name.endswith(suffixes) and not is_junk(member.name)
+            if member.islnk() or member.issym():
+                links += image
+            elif member.sparse is not None or member.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                tars += name.endswith((".tar", ".tar.gz", ".tgz"))
+                if image:
                     entries.append(Entry(member.name, member.offset_data, member.size))
-            # tarfile takes a broken header for the end of the archive; the true end is zeros, or nothing
-            if any(os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)):
-                raise DamagedDataError(f"broken header at byte {tar.offset}")
-    except DamagedDataError:
-        raise
-    except MemoryError as error:  # tarfile reserves what a header says that a long name takes
-        raise DamagedDataError("not a readable tar: a header claims an impossible size") from error
+                    if member.sparse is not None:
+                        extents[member.offset_data] = member.sparse
+    except DamagedDataError as error:
+        damage = str(error)
+    except MemoryError:  # tarfile reserves what a header says that a long name takes
+        damage = "a header claims an impossible size"
     except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, RecursionError) as error:
-        raise DamagedDataError(f"not a readable tar: {error}") from error
+        damage = str(error)
+    if not entries and damage:
+        raise DamagedDataError(f"not a readable tar: {damage}")
     if not entries:
-        raise DamagedDataError(f"no image member ({', '.join(IMAGE_SUFFIXES)})")
-    return entries
+        found = f"; {links} are links, which tar --dereference replaces by their files" if links else ""
+        found += f"; {tars} are tars themselves: unpack them" if tars else ""
+        raise DamagedDataError(f"no image member ({', '.join(suffixes)}){found}")
+    return TarIndex(entries, extents, damage and f"{damage}: the {len(entries):,} images before it are used")
+
+
+def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """All members of all tars that follow one another in a file; nothing but zeros lies between them."""
+    start, end = 0, os.fstat(file.fileno()).st_size
+    while start is not None:
+        file.seek(start)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            last = start - 1
+            for member in tar:
+                stored = sum(size for _, size in member.sparse) if member.sparse is not None else member.size
+                if member.offset <= last or stored < 0 or member.size < 0:
+                    raise DamagedDataError(f"impossible header of member {member.name!r}")
+                if member.offset_data + stored > end:
+                    raise DamagedDataError(f"cut off at byte {end:,}, inside of member {member.name!r}")
+                last = member.offset
+                yield member
+            # tarfile takes a broken header for the end of the archive; the true end is zeros, or nothing
+            stop = tar.offset
+        if any(os.pread(file.fileno(), tarfile.BLOCKSIZE, stop)):
+            raise DamagedDataError(f"broken header at byte {stop:,}")
+        start = _next_tar(file, stop)
+
+
+def _next_tar(file: BinaryIO, start: int) -> int | None:
+    """Offset of the tar that begins after the zeros from `start` on, if one does."""
+    while block := os.pread(file.fileno(), 1 << 20, start):
+        if rest := block.lstrip(b"\0"):
+            start += (len(block) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+            return start if os.pread(file.fileno(), 5, start + 257) == b"ustar" else None
+        start += len(block)
+    return None
+
+
+def read_member(descriptor: int, entry: Entry, extents: list[tuple[int, int]] | None = None) -> bytes:
+    """The bytes of an entry of an open file, of which only `extents` are stored if it is sparse.
+
+    Raises:
+        DamagedDataError: too large, or fewer bytes than the index promises.
+    """
+    if entry.size > MAX_BYTES:
+        raise DamagedDataError(f"{entry.size:,} bytes is above {MAX_BYTES:,}")
+    wanted = entry.size if extents is None else sum(size for _, size in extents)
+    data = os.pread(descriptor, wanted, entry.offset)
+    if len(data) != wanted:
+        raise DamagedDataError(f"{len(data):,} bytes where the index promises {wanted:,}")
+    if extents is None:
+        return data
+    image, at = bytearray(entry.size), 0
+    for place, size in extents:
+        image[place : place + size] = data[at : at + size]
+        at += size
+    return bytes(image)

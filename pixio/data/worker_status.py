@@ -8,33 +8,29 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import numpy as np
-import torch
-
 
 class WorkerStatus:
     """What a worker process is reading, in memory that outlives the process."""
 
     def __init__(self) -> None:
-        self._pid = torch.zeros(1, dtype=torch.int64).share_memory_()
-        self._text = torch.zeros(1024, dtype=torch.uint8).share_memory_()
+        self._pid = multiprocessing.RawValue("q", 0)  # not torch's: they need room in /dev/shm
+        self._text = multiprocessing.RawArray("c", 1024)
 
     @property
     def pid(self) -> int:
         """Of the process that reads; 0 before it has started."""
-        return self._pid.item()
+        return self._pid.value
 
     def __str__(self) -> str:
-        return self._text.numpy().tobytes().split(b"\0")[0].decode(errors="replace")
+        return self._text.value.decode(errors="replace")
 
     def start(self) -> None:
         """Note that this process is the one that reads."""
-        self._pid[0] = os.getpid()
+        self._pid.value = os.getpid()
 
     def set(self, text: str) -> None:
         """Note what it reads."""
-        data = text.encode(errors="replace")[: len(self._text) - 1] + b"\0"
-        self._text.numpy()[: len(data)] = np.frombuffer(data, np.uint8)
+        self._text.value = text.encode(errors="backslashreplace")[: len(self._text) - 1]
 
 
 def what_dead_workers_read(statuses: Sequence[WorkerStatus]) -> list[str]:

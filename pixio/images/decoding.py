@@ -11,6 +11,7 @@ from PIL import Image, UnidentifiedImageError
 MAX_PIXELS = 89_478_485  # Pillow's own warning level: a quarter of a GiB once decoded to RGB
 FORMATS = ("JPEG", "PNG", "WEBP")  # nothing else is worth handing hostile bytes to
 
+_PNG, _JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd9"
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -66,20 +67,78 @@ def read_size(data: bytes) -> tuple[int, int]:
     return _open(data, size)
 
 
+def read_labels(data: bytes) -> np.ndarray:
+    """The values of a single-channel PNG as they are stored: class numbers, palette indices, or depth.
+
+    Pillow stretches gray of 1, 2 and 4 bits to 0-255; here class 3 of 15 stays 3.
+
+    Args:
+        data: the encoded PNG.
+
+    Returns:
+        uint8 [H, W], or uint16 [H, W] from 16 bits.
+
+    Raises:
+        DamagedDataError: no PNG, damaged, above MAX_PIXELS, or of several channels.
+    """
+
+    def values(image: Image.Image) -> np.ndarray:
+        bits, kind = data[24], data[25]  # of the header; kind 0 is gray, 3 a palette
+        if image.format != "PNG" or kind not in (0, 3):
+            raise DamagedDataError(f"pixel format {image.format} {image.mode}: expected one channel in a PNG")
+        stored = np.array(image)
+        if bits == 16:
+            return stored.astype(np.uint16)
+        scale = 255 // (2**bits - 1) if kind == 0 and image.mode == "L" else 1
+        return stored.astype(np.uint8) // scale
+
+    return _open(data, values)
+
+
 def _open(data: bytes, use: Callable[[Image.Image], Any]) -> Any:
     """What `use` makes of an image whose header has been read and found acceptable."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata; what matters raises
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(io.BytesIO(_without_text(data)), formats=FORMATS)
             check_pixels(image.width, image.height)
-            return use(image)
+            try:
+                return use(image)
+            except OSError:
+                if not _lacks_only_end_marker(data):
+                    raise
+                return use(Image.open(io.BytesIO(data + _JPEG_END), formats=FORMATS))
     except DamagedDataError:
         raise
     except UnidentifiedImageError as error:
         raise DamagedDataError(f"not a {' or '.join(FORMATS)} image ({len(data)} bytes)") from error
     except Exception as error:  # Pillow's decoders raise almost anything on damaged bytes
         raise DamagedDataError(f"{type(error).__name__}: {error}") from error
+
+
+def _without_text(data: bytes) -> bytes:
+    """A PNG without its color profile and texts, which Pillow refuses if large; else as it is."""
+    if not data.startswith(_PNG):
+        return data
+    kept, at = [_PNG], len(_PNG)
+    while at + 8 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")  # length, name, content, checksum
+        if data[at + 4 : at + 8] not in (b"iCCP", b"iTXt", b"zTXt", b"tEXt"):
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
+
+
+def _lacks_only_end_marker(data: bytes) -> bool:
+    """Whether the pixels of a JPEG are complete: what follows its data then changes none of them."""
+    if not data.startswith(b"\xff\xd8") or data.endswith(_JPEG_END):
+        return False
+    data = data.removesuffix(b"\xff")
+    ways = [
+        np.asarray(Image.open(io.BytesIO(data + filler + _JPEG_END), formats=("JPEG",)))
+        for filler in (b"", bytes(range(254, 0, -1)) * 8)
+    ]
+    return np.array_equal(*ways)
 
 
 def check_pixels(width: int, height: int) -> None:
