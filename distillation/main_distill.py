@@ -143,6 +143,8 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
 
     # ---- data, and what the teacher says about it
     stream, grid = open_stream(**config.stream_options()), learners[0].lesson.grid
+    if runtime.is_main:
+        print(stream.describe())
     if config.feature_cache:
         folder = Path(config.feature_cache)
         cache = open_cache(folder, stream, teacher, grid, runtime, config.num_workers)

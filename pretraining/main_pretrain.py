@@ -94,11 +94,10 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
         return
 
     # ---- data
-    loader = Loader(
-        open_stream(**config.stream_options()),
-        **config.loader_options(runtime),
-        state=state["data"] if state else None,
-    )
+    stream = open_stream(**config.stream_options())
+    if runtime.is_main:
+        print(stream.describe())
+    loader = Loader(stream, **config.loader_options(runtime), state=state["data"] if state else None)
 
     # ---- loop
     def save(step: int, wait: bool = True) -> None:

@@ -12,7 +12,6 @@ import pytest
 from image_sets import png, stream_of, take, write_tar, write_tars
 
 from pixio.data import Loader, find_shards, open_stream
-from pixio.data.shards import describe
 from pixio.data.tar_index import index_tar, read_member
 from pixio.images.decoding import DamagedDataError
 from pixio.images.listing import IMAGE_SUFFIXES
@@ -183,10 +182,10 @@ def test_sparse_members_are_read(tmp_path, format):
 
 def test_suffix_chooses_images_among_their_companions_and_the_count_says_so(tmp_path):
     write_tar(tmp_path / "x.tar", {f"{i}{end}": png(i) for i in range(3) for end in (".png", ".seg.png")})
-    every = find_shards("webdataset", str(tmp_path), 4)
-    assert describe(every) == "training set: 1 shards; the first holds 6 images (3 .png, 3 .seg.png)"
+    every = open_stream("webdataset", str(tmp_path), size=4, batch_size=4)
+    assert every.describe() == "training set: 1 shards; the first holds 6 images (3 .png, 3 .seg.png)"
     chosen = open_stream("webdataset", str(tmp_path), size=4, batch_size=4, image_suffix=".SEG.png")
-    assert describe(chosen.shards) == "training set: 1 shards; the first holds 3 images (3 .seg.png)"
+    assert chosen.describe() == "training set: 1 shards; the first holds 3 images (3 .seg.png)"
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import os
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ import numpy as np
 
 from pixio.data.randomness import digest, generator
 from pixio.data.tar_index import Entry, index_tar, read_member
-from pixio.images.decoding import DamagedDataError
 from pixio.images.listing import IMAGE_SUFFIXES, is_junk, list_files
 
 FOLDER_CHUNK = 256  # images of a folder that make one shard
@@ -232,18 +230,3 @@ def find_shards(
         raise ValueError(f"unknown dataset_type {dataset_type!r}; choose from {', '.join(DATASET_TYPES)}")
     suffixes = (image_suffix.lower(),) if image_suffix else IMAGE_SUFFIXES
     return DATASET_TYPES[dataset_type](data_path, size, suffixes)
-
-
-def describe(shards: Sequence[Shard]) -> str:
-    """A line on what a training set holds, counted in its first shard: the endings of the names it takes."""
-    first = shards[0]
-    if isinstance(first, SceneShard) or is_url(getattr(first, "location", "")):
-        return f"training set: {len(shards):,} shards"
-    try:
-        with first.open(0) as source:
-            names = [os.path.basename(entry.key) for entry in source.entries]
-    except (DamagedDataError, OSError) as error:
-        return f"training set: {len(shards):,} shards; the first, {first.name}, cannot be read: {error}"
-    kinds = Counter(name[name.find(".") :].lower() for name in names)
-    counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(4))
-    return f"training set: {len(shards):,} shards; the first holds {len(names):,} images ({counts})"

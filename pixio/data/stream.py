@@ -7,6 +7,7 @@ state of a stream is where each consumer stands; see `pixio.data.sampling`.
 import hashlib
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from pixio.data.curation import Curation
 from pixio.data.randomness import generator
 from pixio.data.read_statistics import ReadStatistics
 from pixio.data.sampling import Group, Position, Sampler
-from pixio.data.shards import OpenShard, Shard, TarShard, find_shards
+from pixio.data.shards import OpenShard, SceneShard, Shard, TarShard, find_shards, is_url
 from pixio.data.tar_index import Entry
 from pixio.data.worker_status import WorkerStatus
 from pixio.images import jpeg
@@ -73,6 +74,20 @@ class Stream:
             "shards": len(self.shards),
             "shard_names": hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16],
         }
+
+    def describe(self) -> str:
+        """A line on what is read: the endings of the names in the first shard, counted."""
+        first, line = self.shards[0], f"training set: {len(self.shards):,} shards"
+        if isinstance(first, SceneShard) or (isinstance(first, TarShard) and is_url(first.location)):
+            return line
+        try:
+            with first.open(0) as source:
+                names = [os.path.basename(entry.key) for entry in source.entries]
+        except (DamagedDataError, OSError) as error:
+            return f"{line}; the first, {first.name}, cannot be read: {error}"
+        endings = Counter(name[name.find(".") :].lower() for name in names)
+        counts = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common(4))
+        return f"{line}; the first holds {len(names):,} images ({counts})"
 
     def named_as_in(self, identity: dict[str, Any]) -> "Stream":
         """This stream with the names that its shards have in `identity`, if they are the same shards.

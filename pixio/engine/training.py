@@ -26,6 +26,9 @@ class TrainConfig:
         "imagenet", "what --data_path holds"
     )
     data_path: str = option("", "folder with tars or images; unused for scenes")
+    image_suffix: str | None = option(
+        None, "ending of the names to read, as .jpg beside .seg.png; all images"
+    )
     json_path: str | None = option(None, "curation statistics of web tars")
     soft_sampling: bool = option(False, "keep an image with probability min(mae_loss, 1) at each visit")
     hist_thresh: float | None = option(None, "drop images whose histogram_score is not above this", ge=0)
@@ -118,8 +121,9 @@ class TrainConfig:
 
     def stream_options(self) -> dict[str, Any]:
         """Arguments of `pixio.data.open_stream`."""
-        names = ("dataset_type", "data_path", "json_path", "soft_sampling", "hist_thresh", "imgres_thresh")
-        options = {name: getattr(self, name) for name in (*names, "batch_size", "seed", "decode")}
+        data = ("dataset_type", "data_path", "image_suffix", "batch_size", "seed", "decode")
+        curation = ("json_path", "soft_sampling", "hist_thresh", "imgres_thresh")
+        options = {name: getattr(self, name) for name in data + curation}
         return options | {"size": self.input_size, "crop_scale": (self.crop_scale_min, 1.0)}
 
     def loader_options(self, runtime: Runtime) -> dict[str, Any]:

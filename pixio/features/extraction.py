@@ -10,6 +10,7 @@ import glob
 import hashlib
 import os
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -190,6 +191,9 @@ def index_shards(shards: Sequence[Shard], size: int, skip_damaged: bool = False)
         try:
             with shard.open(0) as source:
                 entries = [tuple(entry) for entry in source.entries]
+                if source.damage:
+                    damaged.append(f"{shard.name}: {source.damage}")
+                    warnings.warn(damaged[-1], stacklevel=2)
         except DamagedDataError as error:
             damaged.append(f"{shard.name}: {error}")
             if not skip_damaged:
