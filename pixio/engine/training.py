@@ -26,9 +26,7 @@ class TrainConfig:
         "imagenet", "what --data_path holds"
     )
     data_path: str = option("", "folder with tars or images; unused for scenes")
-    image_suffix: str | None = option(
-        None, "ending of the names to read, as .jpg beside .seg.png; all images"
-    )
+    image_suffix: str | None = option(None, "ending of the names to read, such as .jpg; None = all images")
     json_path: str | None = option(None, "curation statistics of web tars")
     soft_sampling: bool = option(False, "keep an image with probability min(mae_loss, 1) at each visit")
     hist_thresh: float | None = option(None, "drop images whose histogram_score is not above this", ge=0)
