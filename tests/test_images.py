@@ -2,8 +2,6 @@
 
 import io
 import math
-import struct
-import zlib
 from functools import partial
 
 import numpy as np
@@ -207,33 +205,6 @@ def test_jpeg_that_lacks_only_its_end_marker_is_an_image(options):
     for missing in (3, 4, 10, 100):
         with pytest.raises(DamagedDataError):
             decode(data[:-missing])
-
-
-@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize("kind", ["gray", "palette"])
-def test_labels_are_the_numbers_that_a_png_stores(bits, kind):
-    labels = np.arange(96).reshape(8, 12) % min(2**bits, 90)
-    if kind == "palette" and bits == 16:
-        pytest.skip("a palette has at most 8 bits")
-    rows = [sum((int(value) << bits * (11 - x) for x, value in enumerate(row)), 0) for row in labels]
-    packed = b"".join(b"\0" + (row << -12 * bits % 8).to_bytes(-(-12 * bits // 8), "big") for row in rows)
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 12, 8, bits, 0 if kind == "gray" else 3, 0, 0, 0))]
-    chunks += [(b"PLTE", bytes(range(3 * min(2**bits, 80))))] * (kind == "palette")
-    chunks += [(b"IDAT", zlib.compress(packed)), (b"IEND", b"")]
-    data = b"\x89PNG\r\n\x1a\n"
-    for name, content in chunks:
-        data += (
-            struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-        )
-    found = decoding.read_labels(data)
-    assert found.dtype == (np.uint16 if bits == 16 else np.uint8)
-    assert np.array_equal(found, labels)
-
-
-def test_labels_of_several_channels_are_refused():
-    for data in (png(3), encoded(noise(8, 8), "jpeg")):
-        with pytest.raises(DamagedDataError, match="expected one channel in a PNG"):
-            decoding.read_labels(data)
 
 
 @pytest.mark.parametrize("format", ["png", "webp"])

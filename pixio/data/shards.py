@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from itertools import repeat, takewhile
+from itertools import repeat, takewhile, zip_longest
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
@@ -144,7 +144,7 @@ def _tars(data_path: str | None, suffixes: tuple[str, ...], what: str, search: C
 def _portable_names(locations: Sequence[str]) -> list[str]:
     """Names that stay when all tars are moved together: their paths below the folder they share."""
     split = [[location] if location.startswith("pipe:") else location.split("/") for location in locations]
-    levels = zip(*(parts[:-1] for parts in split), strict=False)
+    levels = zip_longest(*(parts[:-1] for parts in split))
     shared = sum(1 for _ in takewhile(lambda names: len(set(names)) == 1, levels))
     return ["/".join(parts[shared:]) for parts in split]
 

@@ -67,34 +67,6 @@ def read_size(data: bytes) -> tuple[int, int]:
     return _open(data, size)
 
 
-def read_labels(data: bytes) -> np.ndarray:
-    """The values of a single-channel PNG as they are stored: class numbers, palette indices, or depth.
-
-    Pillow stretches gray of 1, 2 and 4 bits to 0-255; here class 3 of 15 stays 3.
-
-    Args:
-        data: the encoded PNG.
-
-    Returns:
-        uint8 [H, W], or uint16 [H, W] from 16 bits.
-
-    Raises:
-        DamagedDataError: no PNG, damaged, above MAX_PIXELS, or of several channels.
-    """
-
-    def values(image: Image.Image) -> np.ndarray:
-        bits, kind = data[24], data[25]  # of the header; kind 0 is gray, 3 a palette
-        if image.format != "PNG" or kind not in (0, 3):
-            raise DamagedDataError(f"pixel format {image.format} {image.mode}: expected one channel in a PNG")
-        stored = np.array(image)
-        if bits == 16:
-            return stored.astype(np.uint16)
-        scale = 255 // (2**bits - 1) if kind == 0 and image.mode == "L" else 1
-        return stored.astype(np.uint8) // scale
-
-    return _open(data, values)
-
-
 def _open(data: bytes, use: Callable[[Image.Image], Any]) -> Any:
     """What `use` makes of an image whose header has been read and found acceptable."""
     try:
