@@ -71,20 +71,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def file_in(folder: Path, name: str) -> Path:
-    """A file of a folder that may come from anybody.
+    """The path of a file in a folder that may come from anybody; the file need not exist.
 
     It may link into the store of the cache that the folder belongs to (Hugging Face hub, DVC, git-annex).
 
     Raises:
-        ValueError: it leads out of the folder and its cache, or is not a file.
+        ValueError: it leads out of the folder and its cache.
     """
-    root, path = folder.resolve(), folder / name
-    stores = [root, *(parent / store for parent in root.parents for store in _LINK_STORES)]
-    stores += [parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots"]
+    path, parents = folder / name, folder.resolve().parents
+    stores = [folder.resolve(), *(parent / store for parent in parents for store in _LINK_STORES)]
+    stores += [parent.parent / "blobs" for parent in parents if parent.name == "snapshots"]
     if Path(name).name != name or not any(path.resolve().is_relative_to(store) for store in stores):
-        raise ValueError(f"{name!r} leads out of {folder}")
-    if not path.is_file():
-        raise ValueError(f"{name} is missing")
+        raise ValueError(f"{path} leads out of its folder, to {path.resolve()}; put the file itself there")
     return path
 
 

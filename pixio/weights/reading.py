@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pixio.files import read_json
+from pixio.files import file_in, read_json
 from pixio.weights import key_mapping
 from pixio.weights.key_mapping import State
 from pixio.weights.loading import infer_sizes, some
@@ -220,14 +220,10 @@ def _read_folder(folder: Path) -> dict[str, Any]:
 
 
 def _inside(folder: Path, name: str, suffix: str = "") -> Path:
-    """The file `name` of `folder`; no path and no link may lead out, but into the hub's own cache."""
-    path, root = folder / name, folder.resolve()
+    """The file `name` of `folder`; see `file_in`."""
     if Path(name).name != name or not name.endswith(suffix):
         raise ValueError(f"{folder}: '{name}' is not the plain name of a {suffix or 'file'} in this folder")
-    blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else root
-    if path.resolve().parent not in (root, blobs):
-        raise ValueError(f"{path} leads out of its folder, to {path.resolve()}; put the file itself there")
-    return path
+    return file_in(folder, name)
 
 
 def _check_config(config: dict[str, Any], state: State, path: Path) -> int | None:
