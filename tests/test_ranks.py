@@ -103,3 +103,48 @@ def test_without_a_launcher_there_is_one_process(arguments):
 def test_ranks_that_contradict_each_other_are_an_error(environ, arguments, message):
     with pytest.raises(ValueError, match=message):
         find_ranks(environ, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK must be an integer from 0 .* found 'one'"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK must be an integer from 0 .* found '-1'"),
+        ({"RANK": "1", "WORLD_SIZE": ""}, "RANK is 1, but WORLD_SIZE is not set"),
+        ({"RANK": " ", "WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "99999"},
+            "MASTER_PORT .* 65535",
+        ),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "x"}, "MASTER_PORT .* 65535"),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "n1"}, "SLURM_PROCID is not set"),
+    ],
+)
+def test_odd_variables_are_named(environ, message):
+    with pytest.raises(ValueError, match=message):
+        find_ranks(environ)
+
+
+def test_empty_variables_count_as_unset():
+    assert find_ranks({"RANK": "", "WORLD_SIZE": "", "MASTER_PORT": "", "SLURM_NTASKS": ""}) == Ranks()
+    environ = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "", "MASTER_ADDR": "head", "MASTER_PORT": ""}
+    assert find_ranks(environ).address == "tcp://head:29500"
+
+
+OMPI = {"RANK": "5", "SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}
+HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+
+
+def test_processes_under_mpirun_are_ranks():
+    environ = {f"OMPI_COMM_WORLD_{name}": value for name, value in OMPI.items()} | {"MASTER_ADDR": "head"}
+    assert find_ranks(environ)[:4] == (5, 1, 8, 4)
+    assert find_ranks(environ).address.startswith("tcp://head:")
+    assert find_ranks(SRUN_TASK | environ)[:4] == (5, 1, 8, 4)  # mpirun in a job starts its daemons with srun
+    assert find_ranks(HYDRA)[:4] == (1, 1, 2, 2)
+    assert find_ranks(HYDRA).address.startswith("tcp://127.0.0.1:")
+
+
+def test_the_port_argument_gives_way_to_the_environment():
+    environ = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "head"}
+    assert find_ranks(environ, port=1234).address == "tcp://head:1234"
+    assert find_ranks(environ | {"MASTER_PORT": "5"}, port=1234).address == "tcp://head:5"

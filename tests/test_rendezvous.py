@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -52,6 +53,12 @@ runtime.close()
 """
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def run_ranks(
     started: int, world_size: int, minutes: float, instant: str, first: int = 0
 ) -> list[tuple[int, str]]:
@@ -92,6 +99,45 @@ def test_a_rank_that_cannot_reach_the_first_says_where_it_looked():
 
 def test_ranks_that_only_end_at_different_times_are_not_mistaken_for_missing():
     assert [status for status, _ in run_ranks(2, 2, 0.1, "never")] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "address", ["tcp://host", "tcp://host:99999", "tcp://host:x", "file://", "host:1", "env://"]
+)
+def test_an_incomplete_address_is_refused(address, monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(
+        ValueError, match=f"no rendezvous at {address}.*MASTER_PORT.*--dist_url tcp://HOST:PORT"
+    ):
+        rendezvous_module.rendezvous(address, 0, 2, timedelta(seconds=1))
+
+
+WAIT = """
+import sys
+from pixio.engine.runtime import start_runtime
+from pixio.engine.signals import defer_signals
+with defer_signals():
+    print("ready", flush=True)
+    start_runtime("cpu", "fp32", 2, int(sys.argv[1]), f"tcp://127.0.0.1:{sys.argv[2]}")
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_a_rank_that_waits_for_others_heeds_signals(rank, number):
+    command = [sys.executable, "-c", WAIT, str(rank), str(free_port())]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        process.stdout.readline()
+        time.sleep(0.5)
+        process.send_signal(number)
+        try:
+            assert process.wait(timeout=30) == 75
+        finally:
+            process.kill()
 
 
 class FakeStore(dict):

@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 from helpers import ALONE
+from test_ranks import SRUN_TASK
 from torch import nn
 
-from pixio.engine.ranks import Ranks
+from pixio.engine.ranks import Ranks, find_ranks
 from pixio.engine.runtime import choose_device, start_runtime
 
 
@@ -46,6 +47,22 @@ def test_a_device_that_is_not_there_is_an_error(monkeypatch, gpus, device, ranks
 def test_each_rank_gets_its_own_device(monkeypatch, gpus, device, ranks, expected):
     visible_gpus(monkeypatch, gpus)
     assert choose_device(device, ranks) == torch.device(expected)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"SLURM_GPUS_PER_TASK": "1"},
+        {"SLURM_TRES_PER_TASK": "cpu=8,gres/gpu=1"},
+        {"SLURM_GPU_BIND": "single:1"},
+        {"SLURM_NTASKS_PER_GPU": "1"},
+    ],
+)
+def test_tasks_that_see_one_gpu_each_take_it_whatever_made_it_so(monkeypatch, option):
+    visible_gpus(monkeypatch, 1)
+    assert choose_device("auto", find_ranks(SRUN_TASK | option)) == torch.device("cuda:0")
+    wrapper = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "1"}
+    assert choose_device("auto", find_ranks(wrapper)) == torch.device("cuda:0")
 
 
 def test_fp16_on_a_cpu_is_refused():

@@ -1,9 +1,12 @@
 """Which rank this process is, whatever started it, and what the ranks of a run do together."""
 
+import functools
 import re
+import socket
 import sys
 import time
 import warnings
+import zlib
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from datetime import timedelta
@@ -19,6 +22,14 @@ from pixio.engine.rendezvous import Watchdog, rendezvous
 LONGEST_START = timedelta(minutes=30)  # from the first rank's start to the last's
 
 
+# Rank, world size, local rank and local world size under mpirun: Open MPI; MPICH and Intel MPI.
+_MPI = (
+    tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+)
+_VISIBLE_GPUS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+
+
 class Ranks(NamedTuple):
     """Which process of the run this one is, and where all of them rendezvous."""
 
@@ -27,7 +38,7 @@ class Ranks(NamedTuple):
     world_size: int = 1
     local_world_size: int = 1  # the most processes on any node of the run; 0: the launcher did not say
     address: str | None = None
-    one_gpu_each: bool = False  # each process sees only its own GPU
+    one_gpu_each: bool = False  # where one GPU is visible it may be this process's own
 
 
 def find_ranks(
@@ -35,93 +46,111 @@ def find_ranks(
     world_size: int | None = None,
     local_rank: int | None = None,
     dist_url: str | None = None,
+    port: int | None = None,
 ) -> Ranks:
     """Ranks of this process, from `environ` and the arguments of `start_runtime`.
 
     Raises:
-        ValueError: a rank out of range, no rendezvous address, or arguments that contradict the launcher.
+        ValueError: a variable or a rank is out of range, or the arguments contradict the launcher.
     """
+    environ = {name: value.strip() for name, value in environ.items() if value.strip()}  # empty is unset
+    if port is not None:
+        environ.setdefault("MASTER_PORT", str(port))
     asked = world_size if world_size is not None and world_size > 1 else None
     dist_url = None if dist_url == "env://" else dist_url
-    if "RANK" in environ and "WORLD_SIZE" in environ:
+    if environ.keys() >= {"RANK", "WORLD_SIZE"}:
         ranks = Ranks(
-            rank=int(environ["RANK"]),
+            rank=_number(environ, "RANK"),
             # Launchers that start one process per container set no local variables.
-            local_rank=int(environ.get("LOCAL_RANK", 0)),
-            world_size=int(environ["WORLD_SIZE"]),
-            local_world_size=int(environ.get("LOCAL_WORLD_SIZE", 0)),
-            address=dist_url or _master_address(environ),
+            local_rank=_number(environ, "LOCAL_RANK", max(local_rank or 0, 0)),
+            world_size=_number(environ, "WORLD_SIZE"),
+            local_world_size=_number(environ, "LOCAL_WORLD_SIZE", 0),
+            address=_address(environ),
         )
-    elif asked:
-        if local_rank is None or local_rank < 0:
-            raise ValueError(
-                f"--world_size {asked} without a launcher needs --local_rank, 0 to {asked - 1}, for each "
-                "process; or start the run with torchrun or srun"
-            )
+    elif asked and local_rank is not None and local_rank >= 0:
+        ranks = Ranks(local_rank, local_rank, asked, asked, _address(environ))
         if not dist_url and "MASTER_ADDR" not in environ:
             raise ValueError(
                 f"--world_size {asked} needs an address for the rendezvous, the same on all ranks: "
                 "--dist_url tcp://127.0.0.1:29500"
             )
-        ranks = Ranks(local_rank, local_rank, asked, asked, dist_url or _master_address(environ))
-    elif int(environ.get("SUBMITIT_LOCAL_NTASKS", 1)) > 1:
-        rank, size = int(environ["SUBMITIT_LOCAL_GLOBALID"]), int(environ["SUBMITIT_LOCAL_NTASKS"])
-        port = _port(int(environ["SUBMITIT_LOCAL_JOB_ID"]))
-        ranks = Ranks(rank, rank, size, size, dist_url or f"tcp://127.0.0.1:{port}")
-    elif int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        ranks = _slurm_ranks(environ, dist_url)
     else:
-        # Without srun there is one process, whatever was allocated: waiting for others would hang.
-        if int(environ.get("SLURM_NTASKS", 1)) > 1:
-            warnings.warn(
-                f"SLURM allocated {environ['SLURM_NTASKS']} tasks, but this process was not started by srun: "
-                "it runs alone. Put srun before the command to use them all.",
-                stacklevel=3,
-            )
-        ranks = Ranks()
+        ranks = _launched_ranks(environ) or Ranks()
+        if ranks.world_size == 1:
+            _explain_missing_ranks(environ, asked)
     if asked and asked != ranks.world_size:
         raise ValueError(
             f"--world_size is {asked}, but the launcher started {ranks.world_size}: leave it out"
         )
-    if not 0 <= ranks.rank < ranks.world_size:
+    if ranks.rank >= ranks.world_size:
         raise ValueError(
             f"rank {ranks.rank} does not exist: {ranks.world_size} processes are numbered from 0"
         )
-    return ranks
+    single_gpu = any("," not in environ.get(name, ",") for name in _VISIBLE_GPUS)
+    return ranks._replace(address=dist_url or ranks.address, one_gpu_each=ranks.one_gpu_each or single_gpu)
 
 
-def _master_address(environ: Mapping[str, str]) -> str:
-    """What MASTER_ADDR and MASTER_PORT say; under torchrun its own agent may already listen there."""
-    host, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
-    if not host or not port or environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+def _launched_ranks(environ: Mapping[str, str]) -> Ranks | None:
+    """Ranks under mpirun, submitit's local processes, or srun; None: none of these started the process."""
+    number = functools.partial(_number, environ)
+    if mpi := next((names for names in _MPI if environ.keys() >= set(names)), None):
+        rank, size, local_rank, local_size = map(number, mpi)
+        launch = zlib.crc32(environ.get("PMIX_NAMESPACE", "").encode())
+        address = _address(environ, "127.0.0.1" if local_size == size else None, launch)
+        return Ranks(rank, local_rank, size, local_size, address)
+    if number("SUBMITIT_LOCAL_NTASKS", 1) > 1:
+        rank, size = number("SUBMITIT_LOCAL_GLOBALID"), number("SUBMITIT_LOCAL_NTASKS")
+        return Ranks(rank, rank, size, size, _address(environ, "127.0.0.1", number("SUBMITIT_LOCAL_JOB_ID")))
+    if (size := number("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        tasks = environ.get("SLURM_STEP_TASKS_PER_NODE", "1")  # such as "2(x3),1"
+        most = max(map(int, re.findall(r"(\d+)(?:\(x\d+\))?", tasks)))
+        nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
+        # Another port for each attempt of a job: an old process may still listen on the last one.
+        launch = [number(f"SLURM_{name}", 0) for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT")]
+        address = _address(environ, expand_node_list(nodes)[0], *launch)
+        place = number("SLURM_PROCID"), number("SLURM_LOCALID")
+        return Ranks(*place, size, most, address, one_gpu_each=True)
+    return None
+
+
+def _number(environ: Mapping[str, str], name: str, default: int | None = None, most: int = 2**32) -> int:
+    text = environ.get(name, default)
+    if text is None:
+        raise ValueError(f"{name} is not set, but other variables of its launcher are: set it or unset them")
+    if not str(text).isdecimal() or int(text) > most:
+        raise ValueError(f"{name} must be an integer from 0 to {most}, found {text!r}: correct or unset it")
+    return int(text)
+
+
+def _explain_missing_ranks(environ: Mapping[str, str], asked: int | None) -> None:
+    """Without a launcher there is one process, whatever was allocated: waiting for others would hang."""
+    if asked:
+        raise ValueError(
+            f"--world_size {asked} without a launcher needs --local_rank, 0 to {asked - 1}, for each "
+            "process; or start the run with torchrun or srun"
+        )
+    if "RANK" in environ or _number(environ, "WORLD_SIZE", 1) > 1:
+        found, missing = ("RANK", "WORLD_SIZE") if "RANK" in environ else ("WORLD_SIZE", "RANK")
+        raise ValueError(
+            f"{found} is {environ[found]}, but {missing} is not set: set both, or neither for one process"
+        )
+    if _number(environ, "SLURM_NTASKS", 1) > 1:
+        warnings.warn(
+            f"SLURM allocated {environ['SLURM_NTASKS']} tasks, but this process was not started by srun: it "
+            "runs alone. Put srun before the command to use them all.",
+            stacklevel=4,
+        )
+
+
+def _address(environ: Mapping[str, str], host: str | None = None, *launch: int) -> str:
+    """What MASTER_ADDR and MASTER_PORT say, else `host` and a port made from the numbers of the `launch`."""
+    host = environ.get("MASTER_ADDR", host)
+    if not host or environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # its agent listens already
         return "env://"
+    # Neighbors get different ports, below the range that systems assign by themselves.
+    mixed = functools.reduce(lambda sum, part: sum * 37 + part, launch, 0)
+    port = _number(environ, "MASTER_PORT", 10_000 + mixed % 20_000 if launch else 29_500, most=65_535)
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
-
-
-def _slurm_ranks(environ: Mapping[str, str], dist_url: str | None) -> Ranks:
-    """Ranks of one task of an srun step; the rendezvous is on the first node of the step."""
-    # Another port for each step and each attempt of a job: an old process may still listen on the last one.
-    parts = (environ.get(f"SLURM_{name}", 0) for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
-    port = environ.get("MASTER_PORT") or _port(*map(int, parts))
-    nodes = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
-    host = environ.get("MASTER_ADDR") or expand_node_list(nodes)[0]
-    tasks = re.findall(r"(\d+)(?:\(x\d+\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))  # "2(x3),1"
-    return Ranks(
-        rank=int(environ["SLURM_PROCID"]),
-        local_rank=int(environ["SLURM_LOCALID"]),
-        world_size=int(environ["SLURM_STEP_NUM_TASKS"]),
-        local_world_size=max(map(int, tasks)),
-        address=dist_url or f"tcp://{host}:{port}",
-        one_gpu_each="SLURM_GPUS_PER_TASK" in environ,
-    )
-
-
-def _port(*numbers: int) -> int:
-    """A port that neighbouring numbers do not share, below the range that systems assign by themselves."""
-    mixed = 0
-    for number in numbers:
-        mixed = mixed * 37 + number
-    return 10_000 + mixed % 20_000
 
 
 def expand_node_list(text: str) -> list[str]:
@@ -243,8 +272,10 @@ def join_ranks(ranks: Ranks, device: torch.device, timeout: timedelta) -> Watchd
     """
     world = ranks.rank, ranks.world_size
     store = rendezvous(ranks.address, *world, min(timeout, LONGEST_START))
-    watchdog = Watchdog(store, *world, timeout)
     on_gpu = device.type == "cuda"
+    if on_gpu:
+        _check_gpus(store, ranks, device)
+    watchdog = Watchdog(store, *world, timeout)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         store=store,
@@ -254,3 +285,16 @@ def join_ranks(ranks: Ranks, device: torch.device, timeout: timedelta) -> Watchd
         device_id=device if on_gpu else None,
     )
     return watchdog
+
+
+def _check_gpus(store: dist.Store, ranks: Ranks, device: torch.device) -> None:
+    """Collective: refuse ranks that share a GPU, as tasks may to which SLURM shows one each."""
+    gpus = [f"gpu/{rank}" for rank in range(ranks.world_size)]
+    uuid = torch.cuda.get_device_properties(device).uuid
+    store.set(gpus[ranks.rank], f"{uuid} on {socket.gethostname()}")
+    store.wait(gpus)
+    owners = {}
+    for rank, gpu in enumerate(store.multi_get(gpus)):
+        if (owner := owners.setdefault(gpu, rank)) != rank:
+            time.sleep(1)  # this process may hold the store, and the others read it too
+            raise ValueError(f"ranks {owner} and {rank} share GPU {gpu.decode()}: start one process per GPU")

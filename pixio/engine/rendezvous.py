@@ -1,35 +1,43 @@
 """The rendezvous of the ranks, and a watchdog over them: both name the ranks that are missing."""
 
+import contextlib
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous as open_store
 
+from pixio.engine import signals
+
 
 def rendezvous(address: str, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
-    """Wait until all ranks have come.
+    """Wait until all ranks have come, or until a signal asks this one to stop.
 
     Args:
-        address: "tcp://HOST:PORT" on the node of rank 0, "file://…" or "env://" (torchrun's own).
+        address: "tcp://HOST:PORT" on the node of rank 0, "file:///PATH" or "env://" (torchrun's own).
         timeout: how long to wait for the others.
 
     Returns:
         The key-value store that the ranks share.
 
     Raises:
+        ValueError: the address is incomplete.
         OSError: rank 0 cannot listen at, or this rank cannot reach, the address.
         TimeoutError: some ranks did not come; the message names them.
+        Preempted: a signal came first.
     """
-    url = urlsplit(address)
+    url = _parse(address)
+    deadline = time.monotonic() + timeout.total_seconds()
     try:
         if url.scheme == "tcp":
+            if rank > 0 and not _poll(lambda: _listens(url.hostname, url.port), deadline):
+                raise dist.DistNetworkError(f"nobody listened there within {_minutes(timeout)}")
             store = dist.TCPStore(
                 url.hostname,
                 url.port,
@@ -48,18 +56,53 @@ def rendezvous(address: str, rank: int, world_size: int, timeout: timedelta) -> 
             raise OSError(f"rank 0 cannot wait for the others at {address} ({reason}): {remedy}") from None
         remedy = "see whether rank 0 runs, and whether its node accepts connections from this one"
         raise OSError(f"rank {rank} cannot reach rank 0 at {address} ({reason}): {remedy}") from None
+    hosts = [_host_key(other) for other in range(world_size)]
     try:
-        store.wait([_host_key(other) for other in range(world_size)], timeout)
+        if _poll(lambda: store.check(hosts), deadline):
+            return store
+        missing = [other for other in range(world_size) if not store.check([hosts[other]])]
     except dist.DistError:
-        try:
-            missing = [other for other in range(world_size) if not store.check([_host_key(other)])]
-        except dist.DistError:
-            raise TimeoutError("rank 0 has left before all ranks had come: its log says why") from None
-        raise TimeoutError(
-            f"{_name_ranks(missing, world_size)} did not come to {address} within {_minutes(timeout)}: see "
-            "whether every process was started, and what the missing ones have logged"
-        ) from None
-    return store
+        raise TimeoutError("rank 0 has left before all ranks had come: its log says why") from None
+    raise TimeoutError(
+        f"{_name_ranks(missing, world_size)} did not come to {address} within {_minutes(timeout)}: see "
+        "whether every process was started, and what the missing ones have logged"
+    )
+
+
+def _parse(address: str) -> SplitResult:
+    url = urlsplit(address)
+    with contextlib.suppress(ValueError):  # of the port
+        known = all(os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT"))
+        if {"tcp": url.hostname and url.port, "file": url.path, "env": known}.get(url.scheme):
+            return url
+    raise ValueError(
+        f"no rendezvous at {address}: set MASTER_ADDR to the host of rank 0 and MASTER_PORT to a free port "
+        "there, or give --dist_url tcp://HOST:PORT"
+    )
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
+def _poll(ready: Callable[[], bool], deadline: float) -> bool:
+    """Whether `ready` came true before the deadline; in Python, so that signals are handled meanwhile."""
+    pause = 0.05
+    while not ready():
+        if signals.received():
+            print(
+                f"{signals.names()} received while waiting for the other ranks", file=sys.stderr, flush=True
+            )
+            raise signals.Preempted
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(pause)
+        pause = min(1.5 * pause, 1.0)
+    return True
 
 
 class Watchdog:

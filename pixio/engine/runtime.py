@@ -113,10 +113,12 @@ def start_runtime(
     dist_url: str | None = None,
     parallel: Literal["ddp", "fsdp", "hybrid"] = "ddp",
     timeout_minutes: float = 30.0,
+    port: int | None = None,
 ) -> Runtime:
     """Find this process's ranks, choose its device and precision, and join the other ranks.
 
-    Ranks come from torchrun's variables, else from the arguments, else from an srun step; else there is one.
+    Ranks come from torchrun's variables, else from the arguments, else from mpirun or an srun step; else
+    there is one.
 
     Args:
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", "mps".
@@ -129,12 +131,13 @@ def start_runtime(
             (fsdp), or shards over the ranks of a node and a copy on every node (hybrid).
         timeout_minutes: how long ranks wait for another before all end with a message that names it; where
             it cannot be told who is missing, torch ends them after twice this time.
+        port: of the rendezvous, where neither `dist_url` nor MASTER_PORT says it.
 
     Raises:
         ValueError: the device or precision is not available here, or the ranks contradict each other.
         OSError: the other ranks cannot be reached, or some did not come.
     """
-    ranks = find_ranks(os.environ, world_size, local_rank, dist_url)
+    ranks = find_ranks(os.environ, world_size, local_rank, dist_url, port)
     chosen = choose_device(device, ranks)
     precision = _choose_dtype(dtype, chosen)
     if chosen.type == "cuda":
