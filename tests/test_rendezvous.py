@@ -53,12 +53,6 @@ runtime.close()
 """
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def run_ranks(
     started: int, world_size: int, minutes: float, instant: str, first: int = 0
 ) -> list[tuple[int, str]]:
