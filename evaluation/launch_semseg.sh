@@ -5,7 +5,7 @@
 #SBATCH --cpus-per-task=10
 #SBATCH --mem=1200G
 #SBATCH --time=7-00:00:00
-#SBATCH --output=slurm/%j.out
+#SBATCH --output=slurm-%j.out
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR2@120
 #SBATCH --requeue
@@ -14,7 +14,6 @@
 #   sbatch launch_semseg.sh semseg/configs/ade20k_linear.yaml pixio_vith16 pixio_vith16.pth
 #   sbatch --account mine --qos high launch_semseg.sh …           options of your cluster
 #   GPUS=8 bash launch_semseg.sh …                                the same without SLURM; default: one process
-# Submit in this folder or above it, where slurm/ is; elsewhere add --output FILE, or the job just fails.
 # Further flags are passed on, and the last one wins: … --data_root /data/ade20k --num_workers 8
 set -euo pipefail
 if [ $# -lt 3 ]; then

@@ -247,7 +247,6 @@ class Jobs:
 
     def evaluate_from_above(self, place: Path) -> None:
         """k-NN, submitted in the folder that holds evaluation/."""
-        (place / "slurm").mkdir()
         options = "--parsable --ntasks-per-node=1 --gres=gpu:1 --cpus-per-task=1"
         command = f"sbatch {options} evaluation/launch_knn.sh pixio_vitpico16 none {KNN} --output_dir above"
         (self.numbers["above"],) = self._numbers_from(command, place)
@@ -329,7 +328,7 @@ PUBLISHED = {
 
 def copy_evaluation(place: Path, imagenet: Path) -> None:
     """A copy of evaluation/ and, in its data/, a few images of every data set."""
-    leave = shutil.ignore_patterns("runs", "slurm", "data", "__pycache__")
+    leave = shutil.ignore_patterns("runs", "data", "__pycache__")
     shutil.copytree(ROOT / "evaluation", place, ignore=leave)
     for layout in ("nyuv2", "kitti", "ade20k", "pascal", "loveda"):
         root = place / "data" / {"nyuv2": "nyud"}.get(layout, layout)
@@ -479,7 +478,7 @@ def test_all_evaluations_of_an_encoder_run_to_the_end_and_fill_the_table(jobs):
     folder, found = jobs
     place = folder / "evaluation"
     for name in EVALUATIONS:
-        output = place / "slurm" / f"{found[name]['number']}.out"
+        output = place / f"slurm-{found[name]['number']}.out"
         assert found[name]["state"] == "COMPLETED", f"{name}: {output.exists() and output.read_text()}"
     command = [sys.executable, "collect_results.py"]
     table = subprocess.run(command, cwd=place, check=True, capture_output=True, text=True).stdout
@@ -490,10 +489,9 @@ def test_all_evaluations_of_an_encoder_run_to_the_end_and_fill_the_table(jobs):
 
 def test_an_evaluation_can_be_submitted_above_its_folder(jobs):
     folder, found = jobs
-    output = folder / "slurm" / f"{found['above']['number']}.out"
+    output = folder / f"slurm-{found['above']['number']}.out"
     assert found["above"]["state"] == "COMPLETED", output.exists() and output.read_text()
     assert (folder / "evaluation/above/results.json").is_file()
-    assert (ROOT / "slurm").is_dir()  # there, in a clone
 
 
 @pytest.mark.parametrize(("name", "reason"), [("misled", "nothing"), ("stranded", "ADE_val_00000002.jpg")])
