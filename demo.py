@@ -38,7 +38,8 @@ DISTILL = f"""
     distillation/main_distill.py --output_dir {OUT}/distill
     --teacher_model pixio_vitpico16 --teacher_pretrained {OUT}/pretrain/encoder.pth --student_models
     pixio_vitfemto16 --dataset_type imagenet --data_path {OUT}/tars --crop_scale_min 0.4 --num_workers 1
-    --input_size {SIZE} --batch_size 64 --lr 4e-3 --epochs 2 --iters_per_epoch 100 --warmup_epochs 1
+    --input_size {SIZE} --mask_ratio 0 --batch_size 64 --lr 4e-3 --epochs 2 --iters_per_epoch 100
+    --warmup_epochs 1
     --log_freq 20 --save_steps 0 --save_minutes 1 --save_freq 0
 """
 EVALUATIONS = {  # name -> (program, the metric shown, its flags)

@@ -18,10 +18,10 @@ from typing import Literal
 
 import torch
 from feature_cache import CachedBatches, open_cache
-from students import Batch, Objective, Student, StudentTrainer, exports_of, figures_of
-from teachers import check_same_teacher, check_teacher, load_teacher, teacher_tokens
+from students import Batch, Objective, Student, StudentTrainer, exports_of, student_metrics
+from teachers import check_teacher, load_teacher, teacher_tokens
 from token_losses import Tokens
-from torch import Tensor
+from torch import Tensor, nn
 
 import pixio
 from pixio.data import DataError, Loader, open_stream
@@ -55,26 +55,28 @@ class DistillConfig(TrainConfig):
     student_models: tuple[str, ...] = option(
         ("pixio_vit1b16", "pixio_vith16"), "encoders to train, see `pixio info`", aliases=("student_model",)
     )
+    init_students: tuple[str, ...] | None = option(
+        None, "files to start from, one per student: encoders, or the release's STUDENT_latest.pth"
+    )
     n_cls_tokens: int | None = option(
-        None, "class tokens of the students; by default the teacher's number", ge=1
+        None, "class tokens of the students; by default the teacher's number (Pixio: 8)", ge=1
     )
     loss_fn_cls: Literal["none", "cosine", "l1", "mse"] = option("cosine", "between class tokens")
     loss_fn_patch: Literal["cosine", "l1", "mse"] = option("cosine", "between patch tokens")
     loss_fuse: Literal["sum", "avg"] = option("avg", "terms weigh the same (avg), or tokens do (sum)")
     mask_ratio: tuple[float, ...] = option(
-        (0.0,), "share of masked cells, per student; 0 = whole images", ge=0, lt=1
+        (0.5,), "share of masked cells, per student; 0 = whole images", ge=0, lt=1
     )
     mask_grid: int = option(4, "side of a masked cell in patches", ge=1)
     share_masks: bool = option(False, "draw one mask for all students (nested where ratios differ)")
     drop_path: tuple[float, ...] = option(
         (0.0,), "stochastic depth rate of the last block, per student", ge=0, lt=1
     )
+    num_workers: int = option(10, "loading processes per rank", ge=0)
     lr: tuple[float, ...] | None = option(
         None, "peak learning rate, per student; by default from --blr", gt=0
     )
-    blr: tuple[float, ...] = option(
-        (3.125e-5,), "peak learning rate per 256 images of a step, per student", gt=0
-    )
+    blr: tuple[float, ...] = option((1e-3,), "peak learning rate per 256 images of a step, per student", gt=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,6 +89,8 @@ class DistillConfig(TrainConfig):
             if values is not None and len(values) not in (1, len(names)):
                 remedy = f"takes one value for all or {len(names)}, one for each student"
                 raise ValueError(f"--{name} {remedy}; found {len(values)}")
+        if self.init_students is not None and len(self.init_students) != len(names):
+            raise ValueError(f"--init_students takes {len(names)} files, found {len(self.init_students)}")
 
     def of(self, student: int, name: str) -> float:
         """The value of a per-student option for one of the students."""
@@ -115,34 +119,22 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
     if is_finished(config, runtime, start):
         return
 
-    # ---- teacher
-    teacher = load_teacher(config.teacher_model, config.teacher_pretrained, runtime.device, runtime.dtype)
-    if state:
-        check_same_teacher(teacher, state.get("teacher"))
-    if not config.feature_cache:  # which rank 0 fills alone
+    # ---- teacher, students
+    teacher = load_teacher(
+        config.teacher_model,
+        config.teacher_pretrained,
+        runtime.device,
+        runtime.dtype,
+        state.get("teacher") if state else None,
+    )
+    if not config.feature_cache:  # which every rank fills with a whole one
         teacher = runtime.wrap(teacher)
-    n_cls_tokens = config.n_cls_tokens or teacher.n_cls_tokens or 8
-    compared = n_cls_tokens if config.loss_fn_cls != "none" else 0
+    trainers = [make_trainer(config, runtime, teacher, i) for i in range(len(config.student_models))]
+    for trainer in trainers if state else ():
+        trainer.load_state_dict(state["students"][trainer.name])
 
-    # ---- students, each with its own optimizer, schedule, depth and masks
-    learners = []
-    losses = {key: getattr(config, key) for key in ("loss_fn_cls", "loss_fn_patch", "loss_fuse")}
-    for i, name in enumerate(config.student_models):
-        runtime.seed(config.seed, 0, name)
-        drop_path = config.of(i, "drop_path")
-        encoder = pixio.create_model(
-            name, img_size=config.input_size, n_cls_tokens=n_cls_tokens, drop_path=drop_path
-        )
-        check_teacher(teacher, config.input_size, encoder.patch_size, compared, config.resize_teacher)
-        lesson = Objective(encoder.grid, config.of(i, "mask_ratio"), config.mask_grid, losses)
-        student, peak_lr = Student(encoder, teacher.embed_dim), config.peak_lr(runtime.world_size, i)
-        options = (config.weight_decay, config.compile, config.grad_checkpointing)
-        learners.append(StudentTrainer(name, student, lesson, peak_lr, runtime, *options))
-        if state:
-            learners[-1].load_state_dict(state["students"][name])
-
-    # ---- data, and what the teacher says about it
-    stream, grid = open_stream(**config.stream_options()), learners[0].lesson.grid
+    # ---- data, teacher tokens
+    stream, grid = open_stream(**config.stream_options()), trainers[0].objective.grid
     if runtime.is_main:
         print(stream.describe())
     if config.feature_cache:
@@ -164,13 +156,13 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
             with runtime.autocast():
                 targets = teacher_tokens(teacher, pixels, grid)
         if config.share_masks:
-            noise = torch.rand(len(pixels), learners[0].lesson.n_cells, device=pixels.device)
+            noise = torch.rand(len(pixels), trainers[0].objective.n_cells, device=pixels.device)
         return Batch(pixels, targets, noise)
 
     # ---- loop
     def save(step: int, wait: bool = True) -> None:
         models = {
-            "students": {learner.name: learner.state_dict() for learner in learners},
+            "students": {trainer.name: trainer.state_dict() for trainer in trainers},
             "teacher": teacher.fingerprint,
         }
         exports = exports_of(config.student_models, output)
@@ -186,13 +178,13 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
         runtime.seed(config.seed, step)  # shared masks
         micro_batches = [prepare(batch) for batch in raw]
         gradients, rates = {}, {}
-        for learner in learners:
-            name, optimizer, scaler = learner.name, learner.optimizer, learner.scaler
-            rates[name] = config.lr_at(step, learner.peak_lr)
+        for trainer in trainers:
+            name, optimizer, scaler = trainer.name, trainer.optimizer, trainer.scaler
+            rates[name] = config.lr_at(step, trainer.peak_lr)
             set_lr(optimizer, rates[name])
             runtime.seed(config.seed, step, name)  # its own masks and stochastic depth
             gradients[name] = compute_gradients(
-                runtime, learner.model, optimizer, scaler, micro_batches, learner.lesson
+                runtime, trainer.model, optimizer, scaler, micro_batches, trainer.loss_fn
             )
         try:
             results = apply_gradients(runtime, gradients, config.clip_grad)
@@ -205,7 +197,7 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
             done,
             images,
             waiting,
-            **figures_of(results, rates),
+            **student_metrics(runtime, trainers, results, rates),
             memory=runtime.memory,
             data=dict(loader.counts),
         )
@@ -213,6 +205,37 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
             log.close()
             raise Preempted
     log.close()
+
+
+def make_trainer(config: DistillConfig, runtime: Runtime, teacher: nn.Module, i: int) -> StudentTrainer:
+    """The `i`-th student with its own optimizer, schedule, depth and masks.
+
+    Raises:
+        ValueError: its tokens cannot be compared with the teacher's, or a file to start from does not fit.
+    """
+    name = config.student_models[i]
+    n_cls_tokens = config.n_cls_tokens or teacher.n_cls_tokens or 8
+    runtime.seed(config.seed, 0, name)
+    encoder = pixio.create_model(
+        name, img_size=config.input_size, n_cls_tokens=n_cls_tokens, drop_path=config.of(i, "drop_path")
+    )
+    compared = n_cls_tokens if config.loss_fn_cls != "none" else 0
+    check_teacher(teacher, config.input_size, encoder.patch_size, compared, config.resize_teacher)
+    student = Student(encoder, teacher.embed_dim)
+    if config.init_students:
+        student.load(config.init_students[i])
+    losses = {key: getattr(config, key) for key in ("loss_fn_cls", "loss_fn_patch", "loss_fuse")}
+    objective = Objective(encoder.grid, config.of(i, "mask_ratio"), config.mask_grid, losses)
+    return StudentTrainer(
+        name,
+        student,
+        objective,
+        config.peak_lr(runtime.world_size, i),
+        runtime,
+        config.weight_decay,
+        config.compile,
+        config.grad_checkpointing,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The students: encoders with a projector to the teacher's width, and what one of them learns from a batch.
+"""The students: encoders with a projector to the teacher's width, their objective, and what trains them.
 
 Letters: B images, N patches, V visible patches, C class tokens, d student width, D teacher width.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from token_losses import Tokens, token_loss
+from token_losses import TokenLoss, Tokens, token_loss
 from torch import Tensor, nn
 
 from pixio.engine.checkpoint import restore
@@ -20,13 +20,14 @@ from pixio.engine.step import StepResult
 from pixio.models.encoder import PixioViT
 from pixio.models.layers import init_weights
 from pixio.models.masking import block_mask, cell_grid, count_kept, split_patches
+from pixio.weights.reading import load_encoder, read_file
 
 
 class Student(nn.Module):
-    """An encoder, and the projector that speaks the teacher's language; only the encoder outlives the run.
+    """An encoder, and a projector from its width d to the teacher's; only the encoder outlives the run.
 
     Args:
-        encoder: trained in place; the projector is fed after its final norm.
+        encoder: trained in place; the projector follows its final norm.
         teacher_dim: width D.
     """
 
@@ -40,35 +41,42 @@ class Student(nn.Module):
             nn.Linear(teacher_dim, teacher_dim),
         ).apply(init_weights)
 
-    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tokens:
-        """What the student says about `images`, or about their patches `keep`.
+    def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> Tokens:
+        """Project the tokens of `images`, or of their patches `ids_keep`.
 
         Args:
             images: float [B, 3, H, W], normalized.
-            keep: int64 [B, V]; None means all.
+            ids_keep: int64 [B, V]; None means all.
 
         Returns:
             Projected tokens, [B, C, D] and [B, V, D].
         """
-        features = self.encoder(images, block_ids=[-1], keep=keep)[0]
+        features = self.encoder(images, [-1], ids_keep)[0]
         # one after the other: FSDP2 warns of outputs that are parts of one tensor
         return Tokens(
             self.last_proj(features["cls_tokens_norm"]), self.last_proj(features["patch_tokens_norm"])
         )
 
-    @staticmethod
-    def part_of(weights: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-        """Of a `state_dict()`, the `encoder` or the `projector` (`last_proj.*`) under the released keys."""
-        if part == "projector":
-            return {name: weights[name] for name in weights if name.startswith("last_proj.")}
-        names = [name for name in weights if name.startswith("encoder.")]
-        return {name.removeprefix("encoder."): weights[name] for name in names}
+    def load(self, path: str) -> None:
+        """Start from an encoder, and from the projector where the file holds one, as the release's do.
+
+        Raises:
+            FileNotFoundError, ValueError: see `pixio.weights.reading`; weights that do not fit.
+        """
+        load_encoder(self.encoder, path)
+        content = read_file(path)
+        state = content.get("model", content)
+        if projector := {key: value for key, value in state.items() if key.startswith("last_proj.")}:
+            try:
+                self.load_state_dict(self.state_dict() | projector)
+            except RuntimeError as error:
+                raise ValueError(f"the projector in {path} does not fit: {error}") from error
 
 
 class Batch(NamedTuple):
     """What all students of a run share of a micro batch.
 
-    images: float [B, 3, H, W], normalized. targets: the teacher's tokens for the whole images.
+    images: float [B, 3, H, W], normalized. targets: the teacher's tokens of the whole images.
     noise: [B, cells], draws the masks of all students; None lets each draw its own.
     """
 
@@ -79,7 +87,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """What is asked of one student; `lesson(model, batch)` is its loss.
+    """The loss of one student: `objective(model, batch)`.
 
     Attributes:
         grid: (rows, columns) in patches.
@@ -110,51 +118,63 @@ class Objective:
         """Patches V that the student sees."""
         return count_kept(self.n_cells, self.mask_ratio) * self.mask_grid**2
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Loss over the class tokens and the visible patches: a scalar."""
+    def __call__(self, model: nn.Module, batch: Batch) -> TokenLoss:
+        """Compare class tokens and visible patches with the teacher's."""
         images, targets, noise = batch
         if self.mask_ratio == 0:
             return token_loss(model(images), targets, **self.losses)
         if noise is None:
             noise = torch.rand(len(images), self.n_cells, device=images.device)
         mask = block_mask(noise, self.grid, self.mask_grid, self.mask_ratio)  # [B, N]
-        keep, _ = split_patches(mask, self.n_visible)  # [B, V]
-        index = keep.unsqueeze(-1).expand(-1, -1, targets.patch.shape[-1])  # [B, V, D]
+        ids_keep, _ = split_patches(mask, self.n_visible)  # [B, V]
+        index = ids_keep.unsqueeze(-1).expand(-1, -1, targets.patch.shape[-1])  # [B, V, D]
         visible = Tokens(targets.cls, targets.patch.gather(1, index))  # [B, V, D]
-        return token_loss(model(images, keep), visible, **self.losses)
+        return token_loss(model(images, ids_keep), visible, **self.losses)
 
 
 class StudentTrainer:
-    """One student of a run, what it is asked, and all that trains it.
+    """One student of a run with its objective, optimizer and gradient scaler.
 
     Args:
         name: among the students of the run.
         student: trained in place.
-        lesson: its loss.
+        objective: its loss.
         peak_lr: top of its schedule.
         runtime: the ranks.
         weight_decay: of its optimizer.
-        compiled: compile it.
-        recompute: activations, see `Runtime.wrap`.
+        compile: run it through torch.compile.
+        activation_checkpointing: see `Runtime.wrap`.
     """
 
     def __init__(
         self,
         name: str,
         student: Student,
-        lesson: Objective,
+        objective: Objective,
         peak_lr: float,
         runtime: Runtime,
         weight_decay: float,
-        compiled: bool = False,
-        recompute: bool = False,
+        compile: bool = False,
+        activation_checkpointing: bool = False,
     ):
-        self.name, self.student, self.lesson, self.peak_lr = name, student, lesson, peak_lr
-        self.model = runtime.wrap(student, recompute).train()
+        self.name, self.student, self.objective, self.peak_lr = name, student, objective, peak_lr
+        self.model = runtime.wrap(student, activation_checkpointing).train()
         self.optimizer = make_adamw(student, peak_lr, weight_decay=weight_decay)
         self.scaler = runtime.make_scaler()
-        if compiled:
+        self._terms: list[Tensor] = []
+        if compile:
             self.model = torch.compile(self.model)
+
+    def loss_fn(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The objective as a scalar; its terms are kept for `pop_terms`."""
+        loss = self.objective(model, batch)
+        self._terms.append(torch.stack([loss.cls, loss.patch]).detach())
+        return loss.total
+
+    def pop_terms(self) -> Tensor:
+        """Class and patch loss [2] on the device: their means since the last time."""
+        terms, self._terms = torch.stack(self._terms).mean(0), []
+        return terms
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs."""
@@ -165,19 +185,31 @@ class StudentTrainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Resume where `state_dict` was taken."""
         restore(self.student, self.optimizer, state)
         self.scaler.load_state_dict(state["scaler"])
 
 
-def figures_of(results: Mapping[str, StepResult], rates: Mapping[str, float]) -> dict[str, Any]:
-    """What a step says to the log: each student's figures, the mean of their losses and the highest rate."""
+def student_metrics(
+    runtime: Runtime,
+    trainers: Iterable[StudentTrainer],
+    results: Mapping[str, StepResult],
+    rates: Mapping[str, float],
+) -> dict[str, Any]:
+    """Collective: what a step logs of each student, the mean of their losses and the highest rate."""
+    terms = runtime.mean(torch.stack([trainer.pop_terms() for trainer in trainers]))  # [students, 2]
     return {
         "loss": lambda: sum(result.loss.item() for result in results.values()) / len(results),
         "lr": max(rates.values()),
         "students": {
-            name: {"loss": result.loss, "lr": rates[name], "grad_norm": result.grad_norm}
-            for name, result in results.items()
+            name: {
+                "loss": result.loss,
+                "loss_cls": cls,
+                "loss_patch": patch,
+                "lr": rates[name],
+                "grad_norm": result.grad_norm,
+            }
+            for (name, result), (cls, patch) in zip(results.items(), terms, strict=True)
         },
     }
 
@@ -187,11 +219,13 @@ def exports_of(
 ) -> dict[Path, Callable[[dict[str, Any]], dict[str, Tensor]]]:
     """What a checkpoint makes of each student in `folder`: `encoder_NAME.pth` and `projector_NAME.pth`."""
     return {
-        folder / f"{part}_{name}.pth": partial(_export, name, part)
-        for part in ("encoder", "projector")
+        folder / f"{part}_{name}.pth": partial(_export, name, prefix)
+        for part, prefix in (("encoder", "encoder."), ("projector", "last_proj."))
         for name in names
     }
 
 
-def _export(name: str, part: str, state: dict[str, Any]) -> dict[str, Tensor]:
-    return Student.part_of(state["students"][name]["model"], part)
+def _export(name: str, prefix: str, state: dict[str, Any]) -> dict[str, Tensor]:
+    """The encoder or the projector of a student, both under the released keys."""
+    weights = state["students"][name]["model"]
+    return {key.removeprefix("encoder."): value for key, value in weights.items() if key.startswith(prefix)}

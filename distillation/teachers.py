@@ -1,4 +1,4 @@
-"""The teacher: any encoder, frozen, shown the whole image, heard before its final norm.
+"""The teacher: any encoder, frozen, which sees the whole image; its tokens are taken before its final norm.
 
 Letters: B images, N patches, C class tokens, D width; grids are (rows, columns) in patches.
 """
@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from pixio.models.external import fingerprint, load_encoder
 
 
-def load_teacher(name: str, pretrained: str | None, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def load_teacher(
+    name: str,
+    pretrained: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    expected: str | None = None,
+) -> nn.Module:
     """Load a teacher for inference under autocast to `dtype`.
 
     The weights of its matrix products are stored in `dtype`: autocast would convert them to it at every
@@ -25,17 +31,24 @@ def load_teacher(name: str, pretrained: str | None, device: torch.device, dtype:
         pretrained: its weight file; None only for `hf/FOLDER`, which holds them.
         device: where it computes.
         dtype: what autocast computes in there.
+        expected: `fingerprint` of the teacher that a run was started with.
 
     Returns:
-        The encoder; its attribute `fingerprint` tells its weights from others, whatever `dtype` is.
+        The encoder; its attribute `fingerprint` identifies its weights, whatever `dtype` is.
 
     Raises:
-        FileNotFoundError, ValueError: see `pixio.models.external`; and a teacher without weights.
+        FileNotFoundError, ValueError: see `pixio.models.external`; and a teacher without weights, or with
+            others than expected.
     """
-    if pretrained is None and not name.startswith("hf/"):
+    if not pretrained and not name.startswith("hf/"):
         raise ValueError(f"--teacher_pretrained is missing: with random weights {name} has nothing to teach")
     teacher = load_encoder(name, pretrained).requires_grad_(False)
     teacher.fingerprint = fingerprint(teacher)
+    if expected not in (None, teacher.fingerprint):
+        raise ValueError(
+            f"the run was started with a teacher of other weights (SHA-256 {expected[:12]}…, now "
+            f"{teacher.fingerprint[:12]}…): give that --teacher_pretrained, or choose another --output_dir"
+        )
     for module in teacher.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             module.to(device, dtype)
@@ -74,26 +87,9 @@ def check_teacher(teacher: nn.Module, size: int, patch_size: int, n_cls_tokens: 
         )
 
 
-def check_same_teacher(teacher: nn.Module, taught: str | None) -> None:
-    """Refuse to go on with students of a teacher with other weights.
-
-    Args:
-        teacher: from `load_teacher`.
-        taught: `fingerprint` of the teacher that the checkpoint names; None if it names none.
-
-    Raises:
-        ValueError: it is not this one.
-    """
-    if taught not in (None, teacher.fingerprint):
-        raise ValueError(
-            f"the run was begun with a teacher of other weights (SHA-256 {taught[:12]}…, now "
-            f"{teacher.fingerprint[:12]}…): give that --teacher_pretrained, or choose another --output_dir"
-        )
-
-
 @torch.no_grad()
 def teacher_tokens(teacher: nn.Module, images: Tensor, grid: tuple[int, int]) -> Tokens:
-    """What the students shall say about `images`.
+    """The tokens that the students learn to predict from `images`.
 
     Args:
         teacher: from `load_teacher`.

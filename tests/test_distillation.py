@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 ALONE = Runtime(torch.device("cpu"))
 PICO, TI = "pixio_vitpico16", "pixio_vitti16"
-TINY = "--input_size 64 --batch_size 4 --dtype fp32 --device cpu --num_workers 0 --lr 1e-3"
+TINY = "--mask_ratio 0 --input_size 64 --batch_size 4 --dtype fp32 --device cpu --num_workers 0 --lr 1e-3"
 SHORT = "--epochs 3 --iter_per_epoch 2 --warmup_epochs 1 --log_freq 1 --save_steps 2 --save_freq 0"
 MASKED = "--mask_ratio 0.5 0.25 --mask_grid 2 --drop_path 0.1 0.2"
 
@@ -108,8 +108,9 @@ def test_loss_and_gradients_equal_a_float64_computation(loss_fn_cls, loss_fn_pat
         return Tokens(said[0], patch)
 
     losses = {"loss_fn_cls": loss_fn_cls, "loss_fn_patch": loss_fn_patch, "loss_fuse": loss_fuse}
-    lesson = Objective((side, side), mask_ratio, 2, losses)
-    loss = lesson(model, Batch(torch.zeros(2, 3, 64, 64), teacher, noise))
+    objective = Objective((side, side), mask_ratio, 2, losses)
+    terms = objective(model, Batch(torch.zeros(2, 3, 64, 64), teacher, noise))
+    loss = terms.total
     loss.backward()
 
     cls, patch = (value.detach().double().requires_grad_() for value in said)
@@ -124,8 +125,10 @@ def test_loss_and_gradients_equal_a_float64_computation(loss_fn_cls, loss_fn_pat
     seen = torch.stack([patch[image, visible[image]] for image in range(2)])
     target = torch.stack([teacher.patch[image, visible[image]] for image in range(2)])
     expected = distance_by_hand(loss_fn_patch, seen, target.double())
+    torch.testing.assert_close(terms.patch.double(), expected, atol=1e-6, rtol=1e-6)
     if loss_fn_cls != "none":
         expected_cls = distance_by_hand(loss_fn_cls, cls, teacher.cls.double())
+        torch.testing.assert_close(terms.cls.double(), expected_cls, atol=1e-6, rtol=1e-6)
         share = 0.5 if loss_fuse == "avg" else n_cls / (n_cls + len(visible[0]))
         expected = share * expected_cls + (1 - share) * expected
     expected.backward()
@@ -140,7 +143,7 @@ def test_without_a_class_loss_the_loss_is_exactly_the_patch_term():
     torch.manual_seed(0)
     student, teacher = (Tokens(torch.randn(2, 3, 5), torch.randn(2, 4, 5)) for _ in range(2))
     for fuse in ("avg", "sum"):
-        loss = token_loss(student, teacher, "none", "mse", fuse)
+        loss = token_loss(student, teacher, "none", "mse", fuse).total
         assert torch.equal(loss, torch.nn.functional.mse_loss(student.patch, teacher.patch))
 
 
@@ -258,6 +261,63 @@ def test_each_student_has_its_own_line_of_numbers(masked_run):
         assert row["loss"] == pytest.approx(sum(losses) / 2)
 
 
+def test_class_and_patch_loss_of_each_student_are_logged_and_printed(folder, masked_run, tmp_path, capsys):
+    for row in log_of(masked_run):
+        for student in row["students"].values():
+            mean = (student["loss_cls"] + student["loss_patch"]) / 2
+            assert student["loss"] == pytest.approx(mean)
+            assert student["loss_cls"] != student["loss_patch"]
+    run(folder, "--epochs 1 --loss_fuse sum --output_dir", tmp_path, students=PICO)
+    student = log_of(tmp_path)[0]["students"][PICO]
+    assert student["loss"] == pytest.approx((8 * student["loss_cls"] + 16 * student["loss_patch"]) / 24)
+    assert (
+        f"{PICO}/loss_cls {log_of(tmp_path)[-1]['students'][PICO]['loss_cls']:.4g}" in capsys.readouterr().out
+    )
+
+
+def released_student(folder: Path, path: Path) -> dict[str, Tensor]:
+    """A file as the release's distillation writes it: encoder and `last_proj.*` together under `model`."""
+    torch.manual_seed(7)
+    student = Student(pixio.pixio_vitpico16(img_size=64), teacher_dim=128)
+    weights = {key.removeprefix("encoder."): value for key, value in student.state_dict().items()}
+    torch.save({"model": weights, "epoch": 3}, path)
+    return student.state_dict()
+
+
+def test_a_student_file_of_the_release_teaches_as_its_encoder_does(folder, tmp_path):
+    weights = released_student(folder, tmp_path / "latest.pth")
+    encoder = {key: value for key, value in weights.items() if not key.startswith("last_proj.")}
+    torch.save({key.removeprefix("encoder."): value for key, value in encoder.items()}, tmp_path / "enc.pth")
+    one, other = (
+        load_teacher(PICO, str(tmp_path / name), ALONE.device, torch.float32)
+        for name in ("latest.pth", "enc.pth")
+    )
+    assert one.fingerprint == other.fingerprint
+
+
+def test_students_start_from_files_of_the_release_with_their_projectors(folder, tmp_path):
+    weights = released_student(folder, tmp_path / "latest.pth")
+    run(
+        folder,
+        "--iter_per_epoch 1 --epochs 1 --init_students",
+        tmp_path / "latest.pth",
+        "--output_dir",
+        tmp_path,
+        students=PICO,
+    )
+    assert_equal_states(checkpoint_of(tmp_path)["students"][PICO]["model"], weights)
+    torch.save(pixio.pixio_vitpico16(img_size=64).state_dict(), tmp_path / "encoder.pth")
+    Student(pixio.pixio_vitpico16(img_size=64), 128).load(str(tmp_path / "encoder.pth"))
+    with pytest.raises(ValueError, match=r"the projector in .* does not fit"):
+        Student(pixio.pixio_vitpico16(img_size=64), 64).load(str(tmp_path / "latest.pth"))
+
+
+def test_the_defaults_are_the_releases():
+    config = main_distill.DistillConfig()
+    assert (config.mask_ratio, config.blr, config.num_workers) == ((0.5,), (1e-3,), 10)
+    assert (config.loss_fn_cls, config.loss_fn_patch, config.loss_fuse) == ("cosine", "cosine", "avg")
+
+
 class Killed(BaseException):
     """Stands for a signal: nothing between the loop and the interpreter may catch it."""
 
@@ -372,8 +432,8 @@ def test_a_loss_that_is_not_finite_stops_all_students_before_the_step(folder, tm
         poison = len(log_of(tmp_path)) == 3 and model.encoder.embed_dim == 192
         return loss * float("nan") if poison else loss
 
-    teach = Objective.__call__
-    monkeypatch.setattr(Objective, "__call__", poisoned)
+    teach = StudentTrainer.loss_fn
+    monkeypatch.setattr(StudentTrainer, "loss_fn", poisoned)
     with pytest.raises(SystemExit, match=f"the loss of {TI} is not finite"):
         run(folder, "--save_steps 0 --output_dir", tmp_path)
     assert checkpoint_of(tmp_path)["step"] == 3
@@ -469,44 +529,44 @@ def learn(rank: int, world_size: int, folder: Path) -> None:
     # In float64: where a gradient should be 0 (key biases), Adam makes whole steps of the rounding errors
     images, noise = torch.randn(3, 8, 3, 64, 64).double(), torch.rand(3, 8, 4)
     targets = torch.randn(3, 8, 24, 32)
-    learners = []
+    trainers = []
     for width, mask_ratio in ((16, 0.5), (32, 0.0)):
         encoder = pixio.PixioViT(64, embed_dim=width, depth=2, num_heads=2)
-        lesson = Objective(
+        objective = Objective(
             (4, 4), mask_ratio, 2, {"loss_fn_cls": "cosine", "loss_fn_patch": "mse", "loss_fuse": "sum"}
         )
         student = Student(encoder, 32).double()
-        learners.append(StudentTrainer(f"student{width}", student, lesson, 1e-3, runtime, 0.05))
+        trainers.append(StudentTrainer(f"student{width}", student, objective, 1e-3, runtime, 0.05))
     share = slice(rank * 8 // world_size, (rank + 1) * 8 // world_size)
 
     def step(number: int, poison: float = 1.0) -> None:
         tokens = Tokens(targets[number, share, :8], targets[number, share, 8:])
         batch = Batch(images[number, share], tokens, noise[number, share])
         gradients = {}
-        for learner in learners:
-            factor = poison if learner is learners[1] and rank == 1 else 1.0
-            gradients[learner.name] = compute_gradients(
+        for trainer in trainers:
+            factor = poison if trainer is trainers[1] and rank == 1 else 1.0
+            gradients[trainer.name] = compute_gradients(
                 runtime,
-                learner.model,
-                learner.optimizer,
-                learner.scaler,
+                trainer.model,
+                trainer.optimizer,
+                trainer.scaler,
                 [batch],
-                lambda model, batch, learner=learner, factor=factor: learner.lesson(model, batch) * factor,
+                lambda model, batch, trainer=trainer, factor=factor: trainer.loss_fn(model, batch) * factor,
             )
         apply_gradients(runtime, gradients)
 
     step(0)
     step(1)
-    found = {learner.name: learner.student.state_dict() for learner in learners}
+    found = {trainer.name: trainer.student.state_dict() for trainer in trainers}
     torch.save(found, folder / f"{world_size}_{rank}.pt")
     if world_size > 1:
         try:
             step(2, float("nan"))
         except NonFiniteLoss as error:
             unchanged = all(
-                torch.equal(value, found[learner.name][key])
-                for learner in learners
-                for key, value in learner.student.state_dict().items()
+                torch.equal(value, found[trainer.name][key])
+                for trainer in trainers
+                for key, value in trainer.student.state_dict().items()
             )
             torch.save({"said": str(error), "unchanged": unchanged}, folder / f"refused_{rank}.pt")
     runtime.close()
@@ -743,7 +803,7 @@ def test_published_recipes_are_the_published_numbers(stubs, name, dataset, expec
 
 
 def test_the_derived_learning_rate_of_the_published_batch_is_the_published_one():
-    config = main_distill.DistillConfig(batch_size=64)
+    config = main_distill.DistillConfig(batch_size=64, blr=(3.125e-5,))
     assert config.peak_lr(128) == pytest.approx(1e-3)
 
 

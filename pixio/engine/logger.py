@@ -163,9 +163,11 @@ class _Progress:
             self._first = (time.perf_counter(), step)
 
     def show(self, step: int, row: dict[str, Any]) -> None:
-        words = [
-            f"{name} {row[name]:.4g}" for name in ("loss", "lr", "grad_norm") if row.get(name) is not None
-        ]
+        numbers = _numbers(row)
+        words = [f"{name} {numbers[name]:.4g}" for name in ("loss", "lr", "grad_norm") if name in numbers]
+        for name, value in numbers.items():  # of models that learn side by side, the terms of their losses
+            if name.endswith(("/loss_cls", "/loss_patch")):
+                words.append(f"{name.partition('/')[2]} {value:.4g}")
         if row["images_per_second"] is not None:
             words.append(f"{row['images_per_second']:.4g} images/s")
             words.append(f"data wait {row['data_wait_share']:.0%}")
