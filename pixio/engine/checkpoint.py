@@ -309,7 +309,7 @@ class Checkpoints:
             ValueError: on every rank, when it is missing or any rank found it damaged.
         """
         share = slice(self.runtime.rank, None, self.runtime.world_size)
-        return self._agree(partial(read_checkpoint, path, share))
+        return self.runtime.agree(partial(read_checkpoint, path, share))
 
     def load_latest(self) -> dict[str, Any] | None:
         """The newest checkpoint as `read_checkpoint` gives it, or None in a folder without any.
@@ -317,7 +317,9 @@ class Checkpoints:
         Raises:
             ValueError: it is missing or damaged; nothing older is loaded instead, the message says how to.
         """
-        name = self.runtime.gather(self._agree(lambda: self._newest() if self.runtime.is_main else None))[0]
+        name = self.runtime.gather(
+            self.runtime.agree(lambda: self._newest() if self.runtime.is_main else None)
+        )[0]
         if name is None:
             return None
         pointer = self.folder.absolute() / _POINTER
@@ -334,17 +336,6 @@ class Checkpoints:
                 else f"There is no older one: to start again, empty {self.folder.absolute()}"
             )
             raise ValueError(f"{error}. {remedy}") from error
-
-    def _agree(self, read: Callable[[], Any]) -> Any:
-        """Collective: what `read()` returns; where it fails on one rank, all raise ValueError."""
-        value = failure = None
-        try:
-            value = read()
-        except (OSError, ValueError) as error:
-            failure = str(error)
-        if failures := [text for text in self.runtime.gather(failure) if text]:
-            raise ValueError(failures[0])
-        return value
 
     def _saved(self) -> list[tuple[int, int, Path]]:
         """All complete checkpoints, in order: step, attempt at this step, folder."""

@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -235,6 +235,21 @@ class Collectives:
         values = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def agree(self, function: Callable[[], Any]) -> Any:
+        """Collective: what `function()` returns; where it fails on one rank, all raise its message.
+
+        Raises:
+            ValueError: `function` has raised ValueError or OSError on some rank.
+        """
+        value = failure = None
+        try:
+            value = function()
+        except (OSError, ValueError) as error:
+            failure = str(error)
+        if failures := [text for text in self.gather(failure) if text]:
+            raise ValueError(failures[0])
+        return value
 
     def barrier(self) -> None:
         """Collective: wait until every rank is here."""

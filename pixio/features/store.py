@@ -15,6 +15,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pixio.data.shards import FOLDER_CHUNK, FolderShard, Shard
-from pixio.engine.runtime import GIB, Runtime
+from pixio.engine.runtime import GIB
 from pixio.features.extraction import Arrays, FeatureExtractor, ImageRecord, ShardRange, index_shards
 from pixio.files import read_json, write_atomic, write_json, write_text
 
@@ -155,31 +156,26 @@ class FeatureStore:
             ValueError: the folder was filled with other settings, an unreadable image (if `strict`), features
                 that are not finite, two images of one name, or a disk too small.
         """
-        runtime, missing, failure = extractor.runtime, [], None
-        if runtime.is_main:
-            try:
-                self._prepare()
-                missing = [number for number in range(len(self.parts)) if not self._is_complete(number)]
-            except (ValueError, OSError) as error:
-                failure = error
-        _end_together(runtime, failure)
+        runtime = extractor.runtime
+        missing = runtime.agree(self._prepare if runtime.is_main else list)
         missing = runtime.gather(missing)[0]
         ours = missing[runtime.rank :: runtime.world_size]
         with _progress([self.parts[number] for number in ours], runtime.is_main) as bar:
             computed = extractor.run(self.shards, [self.parts[number] for number in ours])
+
+            def write_next(done: int) -> None:
+                if done == len(ours):  # in the last round, of fewer parts than ranks
+                    return
+                images, arrays = next(computed)
+                if strict:
+                    _refuse_unreadable(images)
+                if done == 0 and self.layout != "safetensors":
+                    self._check_space(arrays, _count([self.parts[number] for number in missing]))
+                self._write(ours[done], images, arrays)
+                bar.update(len(images))
+
             for done in range(-(-len(missing) // runtime.world_size)):
-                try:
-                    if done < len(ours):
-                        images, arrays = next(computed)
-                        if strict:
-                            _refuse_unreadable(images)
-                        if done == 0 and self.layout != "safetensors":
-                            self._check_space(arrays, _count([self.parts[number] for number in missing]))
-                        self._write(ours[done], images, arrays)
-                        bar.update(len(images))
-                except (ValueError, OSError) as error:
-                    failure = error
-                _end_together(runtime, failure)
+                runtime.agree(partial(write_next, done))
         errors = runtime.gather(self._write_index(bool(missing)) if runtime.is_main else None)[0]
         n_computed = _count([self.parts[number] for number in missing])
         return Summary(n_computed, _count(self.parts) - n_computed, errors)
@@ -188,8 +184,8 @@ class FeatureStore:
         """One array of a filled store with stacked layout."""
         return StoredArray([self._path(number, "safetensors") for number in range(len(self.parts))], name)
 
-    def _prepare(self) -> None:
-        """Compare what the folder was made with, or note it there."""
+    def _prepare(self) -> list[int]:
+        """Compare what the folder was made with, or note it there; returns the parts that are missing."""
         path = self.folder / SETTINGS
         found = read_json(path) if path.exists() else self.settings
         if different := [name for name in self.settings if self.settings[name] != found.get(name)]:
@@ -201,10 +197,12 @@ class FeatureStore:
         for leftover in self.folder.glob(".part_*.tmp"):  # of a process killed while writing
             leftover.unlink()
         write_json(path, self.settings)
-
-    def _is_complete(self, number: int) -> bool:
-        data = self._path(number, "safetensors")
-        return self._path(number, "jsonl").exists() and (self.layout == "npy" or data.exists())
+        suffixes = ("jsonl",) if self.layout == "npy" else ("jsonl", "safetensors")
+        return [
+            number
+            for number in range(len(self.parts))
+            if not all(self._path(number, suffix).exists() for suffix in suffixes)
+        ]
 
     def _check_space(self, arrays: dict[int, Arrays], n_images: int) -> None:
         """Refuse a disk without space for `n_images` such as those of `arrays`, which have one size."""
@@ -296,15 +294,6 @@ class StoredArray:
         first, last = bisect.bisect_right(self._starts, start) - 1, bisect.bisect_left(self._starts, stop)
         pieces = zip(self._parts[first:last], self._starts[first:last], strict=True)
         return torch.cat([part[max(start - begin, 0) : stop - begin] for part, begin in pieces])
-
-
-def _end_together(runtime: Runtime, failure: Exception | None) -> None:
-    """Collective: raise what failed here, or else what failed on another rank."""
-    failures = runtime.gather(None if failure is None else str(failure))
-    if failure is not None:
-        raise failure
-    if messages := [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text is not None]:
-        raise ValueError(messages[0])
 
 
 def _refuse_unreadable(images: Sequence[ImageRecord]) -> None:

@@ -21,6 +21,7 @@ from pixio.weights.loading import infer_sizes, some
 
 _WRAPPERS = ("module.", "_orig_mod.")  # left in keys by DistributedDataParallel and torch.compile
 _DECODER = re.compile(r"decoder_|mask_token$")
+_PROJECTOR = "last_proj."  # beside a student of the release; only its training needs it
 _NAME = re.compile(r"enc(\d+)x(\d+)h(\d+)_dec(\d+)x(\d+)h(\d+)$")
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -94,8 +95,9 @@ def split_state(content: dict[str, Any], source: str | Path) -> tuple[State, Sta
     """Encoder and decoder state dicts, under the released keys, from the content of any known file.
 
     Known: a released encoder (flat), the release's training checkpoint (flat encoder and decoder under
-    `model`), ours (`encoder.*` beside the decoder under `model`), and encoders of transformers and timm, each
-    with or without the prefixes of wrapped modules.
+    `model`), its distilled students (flat encoder and projector, which is left out, under `model`), ours
+    (`encoder.*` beside the decoder under `model`), and encoders of transformers and timm, each with or
+    without the prefixes of wrapped modules.
     """
     state = content.get("model", content)
     if not isinstance(state, dict) or not all(
@@ -103,6 +105,7 @@ def split_state(content: dict[str, Any], source: str | Path) -> tuple[State, Sta
     ):
         raise ValueError(f"{source} holds no state dict: its top-level keys are {some(content)}")
     state = {_unwrapped(key): value for key, value in state.items()}
+    state = {key: value for key, value in state.items() if not key.startswith(_PROJECTOR)}
     if key_mapping.is_transformers(state):
         return key_mapping.from_transformers(state), {}
     decoder = {key: value for key, value in state.items() if _DECODER.match(key)}
