@@ -20,7 +20,8 @@ from pixio.engine.step import StepResult
 from pixio.models.encoder import PixioViT
 from pixio.models.layers import init_weights
 from pixio.models.masking import block_mask, cell_grid, count_kept, split_patches
-from pixio.weights.reading import load_encoder, read_file
+from pixio.weights.loading import assign
+from pixio.weights.reading import read_file, split_state
 
 
 class Student(nn.Module):
@@ -58,19 +59,16 @@ class Student(nn.Module):
         )
 
     def load(self, path: str) -> None:
-        """Start from an encoder, and from the projector where the file holds one, as the release's do.
+        """Start from the encoder in a file, and from the projector where it holds one, as the release's do.
 
         Raises:
-            FileNotFoundError, ValueError: see `pixio.weights.reading`; weights that do not fit.
+            FileNotFoundError, ValueError: see `pixio.weights`; weights that do not fit.
         """
-        load_encoder(self.encoder, path)
         content = read_file(path)
-        state = content.get("model", content)
-        if projector := {key: value for key, value in state.items() if key.startswith("last_proj.")}:
-            try:
-                self.load_state_dict(self.state_dict() | projector)
-            except RuntimeError as error:
-                raise ValueError(f"the projector in {path} does not fit: {error}") from error
+        encoder, _ = split_state(content, path)
+        found = self.state_dict() | content.get("model", content)
+        projector = {key: value for key, value in found.items() if key.startswith("last_proj.")}
+        assign(self, {f"encoder.{key}": value for key, value in encoder.items()} | projector, path)
 
 
 class Batch(NamedTuple):

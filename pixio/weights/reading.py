@@ -104,8 +104,8 @@ def split_state(content: dict[str, Any], source: str | Path) -> tuple[State, Sta
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
         raise ValueError(f"{source} holds no state dict: its top-level keys are {some(content)}")
-    state = {_unwrapped(key): value for key, value in state.items()}
-    state = {key: value for key, value in state.items() if not key.startswith(_PROJECTOR)}
+    unwrapped = {_unwrapped(key): value for key, value in state.items()}
+    state = {key: value for key, value in unwrapped.items() if not key.startswith(_PROJECTOR)}
     if key_mapping.is_transformers(state):
         return key_mapping.from_transformers(state), {}
     decoder = {key: value for key, value in state.items() if _DECODER.match(key)}
