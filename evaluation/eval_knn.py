@@ -12,15 +12,17 @@ are already there are used again. `results.json`, `features/` and, with `--per_b
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from feature_bank import PooledFeatures, list_classes, open_bank
+from launch import EvaluationConfig, run_program
 from torch import nn
 
 from pixio.engine.config import option, parse
-from pixio.engine.runtime import Runtime, start_runtime
+from pixio.engine.runtime import Runtime
 from pixio.features.extraction import FeatureExtractor
 from pixio.features.knn import KNNClassifier
 from pixio.files import write_json
@@ -30,15 +32,11 @@ PROGRAM = "eval_knn.py"
 
 
 # ---------------------------------------------------------------------------------------------- configuration
-@dataclass(frozen=True)
-class KnnConfig:
+@dataclass(frozen=True, kw_only=True)
+class KnnConfig(EvaluationConfig):
     """Classify validation images by their nearest training images."""
 
-    config: str | None = option(None, "YAML file with any of these; the command line wins")
     model: str = option("pixio_vith16", "pixio_…, timm/NAME or hf/FOLDER", aliases=("encoder",))
-    pretrained_ckp: str | None = option(
-        None, "weight file of the encoder; none = random, or the folder's own"
-    )
     pool: Literal["cls", "first", "patch"] = option(
         "cls", "mean of the class (and register) tokens, the first of them alone, or mean of the patch tokens"
     )
@@ -60,10 +58,6 @@ class KnnConfig:
     )
     temperature: float = option(0.07, "a neighbor's vote weighs exp(similarity / temperature)", gt=0)
     memory_gb: float = option(4.0, "memory of the search in each rank, GiB", gt=0)
-    # run
-    output_dir: str | None = option(None, "what the run writes; by default a folder named after it in runs/")
-    device: str = option("auto", "auto, cpu, mps or a GPU")
-    dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", "what autocast computes features in")
 
     def __post_init__(self) -> None:
         if not self.nb_knn:
@@ -88,7 +82,7 @@ def evaluate(config: KnnConfig, runtime: Runtime) -> dict[str, Any]:
 
     # ---- features
     torch.manual_seed(0)  # all ranks alike, of an encoder without weights
-    encoder = load_encoder(config.model, config.pretrained_ckp)
+    encoder = load_encoder(config.model, config.pretrained_ckp or None)
     spec = choose_features(config, encoder)
     sha256 = runtime.gather(fingerprint(encoder) if runtime.is_main else None)[0]
     output = Path(config.output_dir or f"runs/knn_{Path(config.model).name}_{sha256[:8]}")
@@ -191,14 +185,7 @@ def draw_blocks(path: Path, rows: list[dict[str, Any]], reported_k: int) -> None
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse and run; returns what `results.json` holds. A mistake ends the program with one line."""
     config = parse(KnnConfig, argv, prog=PROGRAM)
-    try:
-        runtime = start_runtime(config.device, config.dtype)
-        try:
-            return evaluate(config, runtime)
-        finally:
-            runtime.close()
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"{PROGRAM}: error: {error}") from error
+    return run_program(PROGRAM, config, partial(evaluate, config))
 
 
 if __name__ == "__main__":

@@ -338,6 +338,11 @@ def test_features_are_reused_only_for_the_same_encoder_images_and_settings(data,
     assert sum(calls) == 32 + 13
 
 
+def test_an_empty_weight_file_means_random_weights_and_old_launchers_flags_are_accepted(data, tmp_path):
+    flags = ["--pretrained_ckp", "", "--local-rank", "0", "--port", "29511"]
+    assert metrics(run(data, tmp_path / "one", *flags)) == metrics(run(data, tmp_path / "two"))
+
+
 def test_patch_14_sees_a_multiple_of_14(data, tmp_path):
     flags = ["--model", "timm/test_vit", "--input_size", "40"]
     assert run(data, tmp_path / "out", *flags)["input"] == {"resize": 40, "crop": 32}
