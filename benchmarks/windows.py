@@ -1,4 +1,4 @@
-"""Sliding-window prediction in batches against one window after another: same figures, less time.
+"""Sliding-window prediction in batches against one window after another: the same predictions, in less time.
 
     python benchmarks/windows.py [--encoder pixio_vitb16] [--height 426 --width 560] [--window_batch 16]
 

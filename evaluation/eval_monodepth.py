@@ -1,13 +1,11 @@
 """Depth from a frozen encoder: train a linear or DPT head, and measure it (README, evaluation).
 
-    python eval_monodepth.py --config monodepth/configs/nyuv2_dpt.yaml --encoder pixio_vith16 \
-        --pretrained_ckp FILE
+    python eval_monodepth.py --config monodepth/configs/nyuv2_dpt.yaml --encoder NAME --pretrained_ckp FILE
     torchrun --nproc_per_node 8 eval_monodepth.py …
     python eval_monodepth.py --config … --encoder … --pretrained_ckp … --head runs/…/head.pth --eval_only
 
-The same command resumes a run that was stopped. `results.json`, `head.pth`, `panels.png`, `log.jsonl` and
-`checkpoints/` lie in `--output_dir`. The protocol follows ZoeDepth and DINOv2; loss and windows as in
-Depth Anything V2 (https://github.com/DepthAnything/Depth-Anything-V2).
+The protocol follows ZoeDepth and DINOv2; loss and windows as in Depth Anything V2
+(https://github.com/DepthAnything/Depth-Anything-V2). `dense/run.py` says what a run writes.
 """
 
 from collections.abc import Sequence

@@ -1,12 +1,11 @@
 """Segmentation from a frozen encoder: train a linear or DPT head, and measure it (README, evaluation).
 
-    python eval_semseg.py --config semseg/configs/ade20k_linear.yaml --encoder pixio_vith16 \
-        --pretrained_ckp FILE
+    python eval_semseg.py --config semseg/configs/ade20k_linear.yaml --encoder NAME --pretrained_ckp FILE
     torchrun --nproc_per_node 8 eval_semseg.py …
     python eval_semseg.py --config … --encoder … --pretrained_ckp … --head runs/…/head.pth --eval_only
 
-The same command resumes a run that was stopped. `results.json`, `head.pth`, `panels.png`, `log.jsonl` and
-`checkpoints/` lie in `--output_dir`. The protocol follows UniMatch V2 (https://github.com/LiheYoung/UniMatch-V2).
+The protocol follows UniMatch V2 (https://github.com/LiheYoung/UniMatch-V2). `dense/run.py` says
+what a run writes.
 """
 
 from collections.abc import Sequence

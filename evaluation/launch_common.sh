@@ -1,5 +1,5 @@
 # Sourced by launch_*.sh, which set `here` to this folder: starts a program of this folder under SLURM, on several
-# GPUs of one machine (GPUS=4 bash launch_….sh …), or in one process.
+# GPUs of one node (GPUS=4 bash launch_….sh …), or in one process.
 
 # A path as seen from where the job was submitted; names that are no files stay as they are.
 absolute() {
@@ -12,7 +12,7 @@ launch() {
     if [ -n "${SLURM_JOB_ID:-}" ]; then
         export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun does not take it over from sbatch
         # The warning that the header asks for, before a time limit or a preemption: back into the queue. The next
-        # attempt goes on from the last checkpoint.
+        # attempt resumes from the last checkpoint.
         trap 'scontrol requeue "$SLURM_JOB_ID" || true' USR2
         srun --kill-on-bad-exit=1 python "$@" &
         local status=0

@@ -6,15 +6,13 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import ALONE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from pixio import PixioViT
 from pixio.dense import DPTHead, FrozenEncoder, LinearHead, SyncedBatchNorm2d, head_blocks, make_head, slide
-from pixio.engine.runtime import Runtime
-
-ALONE = Runtime(torch.device("cpu"))
 
 
 def tiny_encoder(n_cls_tokens: int = 2) -> PixioViT:

@@ -77,6 +77,23 @@ def test_depth_metrics_are_means_over_images_of_their_float64_values():
     assert (found["images"], found["skipped"]) == (4, 0)
 
 
+def test_errors_of_depth_equal_torchmetrics():
+    from torchmetrics.functional import (
+        mean_absolute_percentage_error,
+        mean_squared_error,
+        mean_squared_log_error,
+    )
+
+    ((prediction, target),) = depth_images(1)
+    found = DepthScores.summarize([depth_scores([(prediction, target)], [0]).state])
+    valid = (target >= 0.5) & (target <= 8)
+    p, t = (torch.tensor(x[valid]) for x in (prediction.clip(0.5, 8), target))
+    assert found["rmse"] == pytest.approx(mean_squared_error(p, t, squared=False).item(), rel=1e-9)
+    assert found["abs_rel"] == pytest.approx(mean_absolute_percentage_error(p, t).item(), rel=1e-9)
+    logs = mean_squared_log_error(p - 1, t - 1).sqrt().item()  # whose logarithms are of 1 + x
+    assert found["rmse_log"] == pytest.approx(logs, rel=1e-9)
+
+
 def test_depth_metrics_do_not_depend_on_the_number_of_ranks():
     images = depth_images(5)
     alone = depth_scores(images, range(5))
@@ -135,6 +152,17 @@ def test_miou_equals_scikit_learns():
     assert found["iou"] == pytest.approx((100 * expected).tolist(), rel=1e-12)
     assert found["miou"] == pytest.approx(100 * expected.mean(), rel=1e-12)
     assert found["images"] == 3
+
+
+def test_miou_equals_torchmetrics():
+    from torchmetrics.functional.classification import multiclass_jaccard_index
+
+    scores, images = SegmentationScores(6), predictions_and_masks(6)
+    for index, image in enumerate(images):
+        scores.add(index, *image)
+    predicted, truth = (torch.cat([image[i].flatten() for image in images]) for i in (0, 1))
+    expected = multiclass_jaccard_index(predicted, truth.long(), 6, average="none", ignore_index=255)
+    assert scores.summarize([scores.state])["iou"] == pytest.approx((100 * expected).tolist(), rel=1e-6)
 
 
 def test_miou_does_not_depend_on_the_number_of_ranks():

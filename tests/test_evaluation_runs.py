@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from dense.data import StepSampler, open_split
 from dense.probe import build_probe
 from eval_monodepth import DepthConfig
 from eval_semseg import SegmentationConfig
+from helpers import ALONE, Killed, free_port, read_log
 from PIL import Image
 
 import pixio
@@ -36,7 +36,6 @@ from pixio.synthetic.scenes import render
 from pixio.synthetic.trees import write_tree
 
 EVALUATION = Path(eval_semseg.__file__).parent
-ALONE = Runtime(torch.device("cpu"))
 TINY = """
     --encoder pixio_vitpico16 --device cpu --dtype fp32 --num_workers 0 --crop_size 32 --save_minutes 0
     --epochs 2 --batch_size 1 --batches_per_step 2 --lr 1e-2 --panels 2
@@ -116,7 +115,7 @@ def test_a_run_leaves_results_head_panels_and_log(segmented, trees):
 
 
 def test_the_head_learns_and_the_encoder_does_not(segmented, trees, tmp_path):
-    lines = [json.loads(line) for line in (segmented[1] / "log.jsonl").read_text().splitlines()]
+    lines = read_log(segmented[1])
     assert lines[-1]["loss"] < lines[0]["loss"]
     torch.manual_seed(0)
     encoder = pixio.create_model("pixio_vitpico16")
@@ -144,10 +143,6 @@ def test_evaluations_can_be_rarer_than_epochs_but_the_last_epoch_has_one(trees, 
 
 
 # --- killed and resumed -------------------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """Stands for a signal: nothing in the program catches it."""
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -204,20 +199,13 @@ def test_another_run_in_the_same_folder_is_refused(segmented, trees):
 
 TWO_RANKS = """
 import os, sys
-sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
 import eval_monodepth, eval_semseg
-for program, port, command in zip((eval_semseg, eval_monodepth), sys.argv[2:4], sys.argv[4:], strict=True):
+for program, port, command in zip((eval_semseg, eval_monodepth), sys.argv[1:3], sys.argv[3:], strict=True):
     os.environ["MASTER_PORT"] = port
     program.main(command.split())
 """
-
-
-def free_port() -> str:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return str(server.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -225,10 +213,11 @@ def on_two_ranks(trees, tmp_path_factory) -> Path:
     """Both programs on two real ranks, with synchronised BatchNorm; their folders are `masks` and `depth`."""
     folder = tmp_path_factory.mktemp("ranks")
     commands = " ".join(segmentation(trees, folder / "masks")), " ".join(depth(trees, folder / "depth"))
-    arguments = [sys.executable, "-c", TWO_RANKS, str(EVALUATION), free_port(), free_port(), *commands]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    arguments = [sys.executable, "-c", TWO_RANKS, str(free_port()), str(free_port()), *commands]
+    path = os.pathsep.join([str(EVALUATION), str(EVALUATION.parent)])
+    shared = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "PYTHONPATH": path}
     ranks = [
-        subprocess.Popen(arguments, env=os.environ | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        subprocess.Popen(arguments, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in (0, 1)
     ]
     try:

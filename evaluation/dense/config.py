@@ -11,7 +11,7 @@ from pixio.engine.config import option
 
 @dataclass(frozen=True, kw_only=True)
 class DenseConfig(EvaluationConfig):
-    """Settings of depth and segmentation alike; the recipes are the YAML files."""
+    """Settings of depth and segmentation alike; the published ones are the YAML files."""
 
     encoder: str = option("pixio_vith16", "pixio_…, timm/NAME or hf/FOLDER", aliases=("model",))
     cls_concat: Literal["mean", "none"] = option(
@@ -54,7 +54,5 @@ class DenseConfig(EvaluationConfig):
         if self.eval_only and self.head in KINDS:
             raise ValueError(f"--eval_only needs the file of a trained head, found --head {self.head}")
         if not self.eval_only and self.head not in KINDS:
-            raise ValueError(
-                f"--head {self.head} is neither {' nor '.join(KINDS)}; the file of a trained head needs "
-                "--eval_only"
-            )
+            kinds = " nor ".join(KINDS)
+            raise ValueError(f"--head {self.head} is neither {kinds}; a trained head needs --eval_only")

@@ -83,7 +83,7 @@ class PairDataset(Dataset):
             if image.shape[:2] != target.shape:
                 raise ValueError(
                     f"{target_path} has {target.shape[0]} x {target.shape[1]} pixels, but its image "
-                    f"{image_path} {image.shape[0]} x {image.shape[1]}: both must be the same"
+                    f"{image_path} {image.shape[0]} x {image.shape[1]}: both must be the same. "
                     + describe_turn(image_path)
                 )
         except (ValueError, OSError) as error:
@@ -150,17 +150,14 @@ def _oddities(source: DataSource, data: PairDataset, applies_exif: bool) -> Iter
         (data.root / pair.target, target) for pair, target in zip(pairs, targets, strict=True)
     )
     if not applies_exif:
-        turned = (
-            f"{path}{turn}" for pair in pairs if (turn := describe_turn(path := data.root / pair.image))
-        )
-        yield next(turned, "")
+        yield next(filter(None, (describe_turn(data.root / pair.image) for pair in pairs)), "")
 
 
 def describe_turn(path: Path) -> str:
     """What EXIF says of how the camera was held, where it was not upright; else nothing."""
     with Image.open(path) as image:
         turn = orientation(image.info.get("exif"))
-    return "" if turn == 1 else f"; EXIF says that the image is turned (orientation {turn}): see --apply_exif"
+    return "" if turn == 1 else f"EXIF turns {path} (orientation {turn}), --apply_exif applies it"
 
 
 def read_photo(path: Path, upright: bool = False) -> np.ndarray:

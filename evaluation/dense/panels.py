@@ -58,13 +58,11 @@ def draw_classes(
     predictions: list[Tensor],
     names: tuple[str, ...],
 ) -> None:
-    """One row per image, with a legend of the classes in sight, the most frequent first.
+    """As `draw_depth`, with a legend of the classes in sight, the most frequent first.
 
     Args:
-        path: PNG to write.
-        images: uint8 [3, H, W].
-        targets: classes, [H, W]; beyond the names = ignored, left gray.
-        predictions: classes, [H, W].
+        path, images: see there.
+        targets, predictions: classes, [H, W]; beyond the names = ignored, left gray.
         names: of the classes.
     """
     # neighbors in number lie far apart in hue and lightness

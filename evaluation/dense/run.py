@@ -1,4 +1,4 @@
-"""One evaluation from its configuration to its results."""
+"""One evaluation from its configuration to its results. The same command resumes a run that was stopped."""
 
 import time
 from typing import Any
@@ -19,7 +19,8 @@ def run(config: DenseConfig, task: Task, runtime: Runtime) -> dict[str, Any]:
     """Train a head on frozen features and evaluate it, or with `eval_only` evaluate a trained one.
 
     Returns:
-        What `results.json` in the output folder holds; beside it lie `head.pth`, `panels.png`, `log.jsonl`.
+        What `results.json` in `--output_dir` holds; beside it lie `head.pth`, `panels.png`, `log.jsonl` and
+        `checkpoints/`.
     """
     probe = build_probe(config, task, runtime)
     if config.eval_only:

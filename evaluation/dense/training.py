@@ -52,9 +52,8 @@ def train_head(probe: Probe, train: PairDataset) -> list[dict[str, Any]]:
 
     # ---- resume
     checkpoints = Checkpoints(probe.output / "checkpoints", runtime, keep_newest=1)
-    setting = {key: value for key, value in asdict(config).items() if key not in RESUME_IGNORES}
-    setting |= {"train": len(train), "val": len(probe.val), **probe.identity}
-    setting = {key: str(value) for key, value in setting.items()}
+    setting = asdict(config) | {"train": len(train), "val": len(probe.val), **probe.identity}
+    setting = {key: str(value) for key, value in setting.items() if key not in RESUME_IGNORES}
     start, rows, seconds = 0, [], 0.0
     if state := checkpoints.load_latest():
         what = f"{probe.output} holds a run with"

@@ -76,18 +76,10 @@ def read_depth_pair(
 def inspect_depth(
     depths: Iterable[tuple[Path, Tensor]], min_depth: float, max_depth: float, units_per_meter: float
 ) -> str:
-    """Look for a wrong unit.
-
-    Args:
-        depths: depth files and their depth in meters, [H, W], 0 = not measured.
-        min_depth, max_depth: range of depths that count, meters.
-        units_per_meter: PNG values per meter.
-
-    Returns:
-        What is odd about them, or nothing.
+    """What is odd about depth files [H, W] in meters, or nothing: a wrong unit, most likely.
 
     Raises:
-        ValueError: no pixel counts.
+        ValueError: no pixel of them counts.
     """
     rows = []  # file, pixels that count, pixels measured, nearest and farthest of these
     for path, depth in depths:

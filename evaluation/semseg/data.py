@@ -114,19 +114,10 @@ def scale_crop_flip(
 def inspect_masks(
     masks: Iterable[tuple[Path, Tensor]], nclass: int, reduce_zero_label: bool, remedy: str
 ) -> str:
-    """Look for masks that teach nothing.
-
-    Args:
-        masks: mask files and their classes, uint8 [H, W].
-        nclass: number of classes.
-        reduce_zero_label: 0 in the files is ignored.
-        remedy: what is often wrong with this data set.
-
-    Returns:
-        What is odd about them, or nothing.
+    """What is odd about mask files [H, W] with classes, or nothing: one class alone, for example.
 
     Raises:
-        ValueError: no pixel is scored.
+        ValueError: no pixel of them is scored.
     """
     rows = [(path, mask.flatten().bincount(minlength=nclass)[:nclass]) for path, mask in masks]
     classes = sum(pixels for _, pixels in rows).nonzero().flatten().tolist()
