@@ -35,6 +35,7 @@ from pixio.engine.training import (
     state_to_resume,
 )
 from pixio.images.normalization import normalize
+from pixio.models.registry import initialize_from
 
 
 # ---------------------------------------------------------------------------------------------- configuration
@@ -49,6 +50,9 @@ class PretrainConfig(TrainConfig):
     norm_pix_loss: bool = option(True, "predict pixels normalized per patch")
     drop_path: float = option(0.0, "stochastic depth rate of the last encoder block", ge=0, lt=1)
     init_encoder: str | None = option(None, "encoder file to start from; the decoder starts fresh")
+    init_mae: str | None = option(
+        None, "training checkpoint, ours or the release's, to start from with encoder and decoder"
+    )
     freeze_encoder_steps: int = option(0, "first steps during which only the decoder learns", ge=0)
 
     def __post_init__(self) -> None:
@@ -57,6 +61,8 @@ class PretrainConfig(TrainConfig):
             raise ValueError(
                 f"--model {self.model} is not a pre-training model; choose one of {', '.join(models)}"
             )
+        if self.init_encoder and self.init_mae:
+            raise ValueError("--init_mae starts from encoder and decoder: leave --init_encoder out")
 
 
 # ---------------------------------------------------------------------------------------------- the run
@@ -69,13 +75,16 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
     runtime.seed(config.seed, step=0)
     mae = pixio.create_model(
         config.model,
-        config.init_encoder,
         img_size=config.input_size,
         n_cls_tokens=config.n_cls_tokens,
         drop_path=config.drop_path,
         mask_grid=config.mask_grid,
         norm_pix_loss=config.norm_pix_loss,
     )
+    if source := config.init_mae or config.init_encoder:
+        resized = initialize_from(mae, source, decoder=config.init_mae is not None)
+        if resized and runtime.is_main:
+            print(resized, flush=True)
     model = runtime.wrap(mae, activation_checkpointing=config.grad_checkpointing)
     optimizer = make_adamw(mae, base_lr, weight_decay=config.weight_decay, parts=("encoder",))
     scaler = runtime.make_scaler()

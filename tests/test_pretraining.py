@@ -1,5 +1,6 @@
 """Pre-training from the command to the files it leaves: every kind of data, kills, ranks, scripts."""
 
+import argparse
 import json
 import os
 import shlex
@@ -182,6 +183,22 @@ def test_continuing_from_an_encoder_holds_it_still_while_asked(trees, tmp_path):
     assert not torch.equal(frozen["decoder_pred.weight"], final["decoder_pred.weight"])
 
 
+def test_a_run_starts_from_a_training_checkpoint_of_the_release(trees, tmp_path, capsys):
+    run(*trees["folder"], "--output_dir", tmp_path / "first")
+    model = checkpoint_of(tmp_path / "first")["model"]
+    file = tmp_path / "checkpoint-3.pth"
+    flat = {name.removeprefix("encoder."): value for name, value in model.items()}
+    torch.save({"model": flat, "optimizer": {}, "epoch": 3, "args": argparse.Namespace(model=MODEL)}, file)
+    for name, flags in {"same": [], "larger": ["--input_size", 96]}.items():
+        flags = [*flags, "--init_mae", file, "--lr", 1e-12]
+        run(*trees["folder"], "--output_dir", tmp_path / name, *flags)
+        said = f"positions of {file} resized from 4 x 4 to 6 x 6 patches"
+        assert (said in capsys.readouterr().out) == (name == "larger")
+        found = checkpoint_of(tmp_path / name)["model"]
+        for key in model.keys() - {"encoder.pos_embed", "decoder_pos_embed"}:
+            torch.testing.assert_close(found[key], model[key], rtol=0, atol=1e-9)
+
+
 def test_two_ranks_train_and_one_process_takes_over(trees, tmp_path):
     """torchrun on a CPU: gloo. The second command resumes with another number of ranks."""
     flags = [
@@ -241,6 +258,8 @@ def test_two_gloo_ranks_equal_one_process_with_the_double_batch(tmp_path):
         (["--device", "cuda:7"], "cuda"),
     ],
 )
+        (["--init_mae", "a.pth", "--init_encoder", "b.pth"], "leave --init_encoder out"),
+        (["--init_mae", "/nowhere.pth"], "/nowhere.pth"),
 def test_mistakes_are_one_clear_line_and_write_nothing(tmp_path, capsys, flags, message):
     if flags[0] == "--device" and torch.cuda.device_count() > 7:
         pytest.skip("this machine has that device")
@@ -278,7 +297,7 @@ def test_resume_of_a_weight_file_says_which_flag_takes_it(tmp_path, monkeypatch)
         run("--dataset_type", "scenes", "--output_dir", "run", "--resume", "checkpoint-3.pth")
     message = str(caught.value)
     assert f"{tmp_path}/checkpoint-3.pth is a file, --resume takes a folder" in message
-    assert "--init_encoder" in message
+    assert "use --init_encoder or --init_mae" in message
 
 
 def test_other_data_is_refused_or_with_a_flag_read_from_its_beginning(trees, tmp_path, capsys):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import pixio
 from pixio import PixioViT
+from pixio.models.registry import initialize_from
 from pixio.weights.export import export
 
 OPTIONS = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 3, "n_cls_tokens": 3}
@@ -100,6 +101,53 @@ def test_load_mae_rebuilds_encoder_and_decoder(mae, tmp_path, layout):
     assert_same_weights(loaded, mae)
     images, noise = torch.randn(2, 3, 64, 64), torch.rand(2, 4)
     assert torch.equal(loaded(images, noise=noise).loss, mae(images, noise=noise).loss)
+
+
+@pytest.mark.parametrize("size", [64, 96])
+@pytest.mark.parametrize("layout", [our_checkpoint, release_checkpoint])
+def test_training_starts_from_the_model_of_a_file_at_any_input_size(mae, tmp_path, layout, size):
+    """It computes what the file's model computes at run time with images of that size."""
+    path = layout(mae, tmp_path / "checkpoint.pth")
+    fresh = pixio.PixioMAE(small_encoder(img_size=size), 32, 2, 2, mask_grid=2, norm_pix_loss=False)
+    decoder_before = fresh.decoder_embed.weight.clone()
+    images, noise = torch.randn(2, 3, size, size), torch.rand(2, (size // 32) ** 2)
+
+    said = initialize_from(fresh, path)
+    assert torch.equal(fresh.encoder(images)[-1]["patch_tokens"], mae.encoder(images)[-1]["patch_tokens"])
+    assert torch.equal(fresh.decoder_embed.weight, decoder_before)
+    assert said == initialize_from(fresh, path, decoder=True)
+    assert torch.equal(fresh(images, noise=noise).pred, mae(images, noise=noise).pred)
+    assert said == ("" if size == 64 else f"positions of {path} resized from 4 x 4 to 6 x 6 patches")
+    assert all(parameter.requires_grad for parameter in fresh.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_cls_tokens": 8}, r"n_cls_tokens 3 \(the model has 8\)"),
+        ({"num_heads": 4}, "was made with 3 heads, the model has 4"),
+    ],
+)
+def test_training_does_not_start_from_another_model(mae, tmp_path, options, message):
+    path = release_checkpoint(mae, tmp_path / "checkpoint.pth", model=NAME)
+    other = pixio.PixioMAE(small_encoder(**{"img_size": 96, **options}), 32, 2, 2, mask_grid=2)
+    with pytest.raises(ValueError, match=message):
+        initialize_from(other, path, decoder=True)
+
+
+def test_training_does_not_start_from_another_decoder(mae, tmp_path):
+    path = release_checkpoint(mae, tmp_path / "checkpoint.pth", model=NAME)
+    for heads, depth, message in (
+        (4, 2, "2 decoder heads, the model has 4"),
+        (2, 3, "missing decoder_blocks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            initialize_from(
+                pixio.PixioMAE(small_encoder(), 32, depth, heads, mask_grid=2), path, decoder=True
+            )
+    torch.save(mae.encoder.state_dict(), tmp_path / "encoder.pth")
+    with pytest.raises(ValueError, match="no decoder"):
+        initialize_from(mae, tmp_path / "encoder.pth", decoder=True)
 
 
 def test_an_encoder_file_is_no_training_checkpoint(mae, tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from pixio.models.encoder import PixioViT
+from pixio.models.layers import resize_positions
 from pixio.models.mae import PixioMAE
 from pixio.weights import loading, reading
 from pixio.weights.key_mapping import State
@@ -152,12 +153,7 @@ def load_mae(
     Raises:
         FileNotFoundError, ValueError: see `from_pretrained`; an encoder-only file; unknown heads.
     """
-    content = reading.read_file(path)
-    encoder_state, decoder_state = reading.split_state(content, path)
-    if "decoder_embed.weight" not in decoder_state:
-        raise ValueError(f"{path} has no decoder: it is an encoder file; give a training checkpoint")
-    config = reading.training_config(content)
-    named = reading.parse_name(str(config.get("model", "")))
+    encoder_state, decoder_state, config, named = _read_mae(path)
     num_heads = num_heads or named.get("encoder", (0, 0, 0))[2]
     decoder_num_heads = decoder_num_heads or named.get("decoder", (0, 0, 0))[2]
     if not num_heads or not decoder_num_heads:
@@ -176,3 +172,51 @@ def load_mae(
     state = {f"encoder.{key}": value for key, value in encoder_state.items()} | decoder_state
     loading.assign(model, state, path)
     return model
+
+
+def initialize_from(model: PixioMAE, source: str | Path, decoder: bool = False) -> str:
+    """Load weights into a model that is to be trained, their positions resized to its input size.
+
+    Args:
+        model: of any weights, which are replaced; without `decoder` the decoder keeps its own.
+        source: as for `from_pretrained`; with `decoder` a training checkpoint, ours or the release's.
+        decoder: load the decoder too.
+
+    Returns:
+        What was resized, in a sentence; empty where the input sizes agree.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_mae`; or all but the input size must fit and does not.
+    """
+    if decoder:
+        encoder_state, decoder_state, _, named = _read_mae(source)
+        named_heads, decoder_heads = (named.get(part, (0, 0, 0))[2] for part in ("encoder", "decoder"))
+        ours = model.decoder_blocks[0].attn.num_heads
+        if decoder_heads not in (0, ours):
+            raise ValueError(f"{source} was made with {decoder_heads} decoder heads, the model has {ours}")
+    else:
+        (encoder_state, named_heads), decoder_state = reading.read_encoder(source), {}
+    sizes, (height, width) = loading.infer_sizes(encoder_state, source), model.encoder.grid
+    side = sizes["img_size"] // sizes["patch_size"]
+    resized = ""
+    if (height, width) != (side, side):
+        for state, key in ((encoder_state, "pos_embed"), (decoder_state, "decoder_pos_embed")):
+            if key in state:
+                n_cls = sizes["n_cls_tokens"]
+                state[key] = resize_positions(state[key], n_cls, (side, side), (height, width))
+        resized = f"positions of {source} resized from {side} x {side} to {height} x {width} patches"
+    fill_encoder(model.encoder, encoder_state, named_heads, source)
+    if decoder:
+        ours = {f"encoder.{key}": value for key, value in model.encoder.state_dict().items()}
+        loading.assign(model, ours | decoder_state, source)
+    return resized
+
+
+def _read_mae(path: str | Path) -> tuple[State, State, dict[str, Any], dict[str, tuple[int, int, int]]]:
+    """Encoder, decoder, configuration and, where it names the model, width, blocks and heads of both."""
+    content = reading.read_file(path)
+    encoder, decoder = reading.split_state(content, path)
+    if "decoder_embed.weight" not in decoder:
+        raise ValueError(f"{path} has no decoder: it is an encoder file; give a training checkpoint")
+    config = reading.training_config(content)
+    return encoder, decoder, config, reading.parse_name(str(config.get("model", "")))
