@@ -256,10 +256,10 @@ def test_two_gloo_ranks_equal_one_process_with_the_double_batch(tmp_path):
         (["--warmup_epochs", "9"], "longer than the run"),
         (["--mask_ratoi", "0.5"], "did you mean --mask_ratio"),
         (["--device", "cuda:7"], "cuda"),
-    ],
-)
         (["--init_mae", "a.pth", "--init_encoder", "b.pth"], "leave --init_encoder out"),
         (["--init_mae", "/nowhere.pth"], "/nowhere.pth"),
+    ],
+)
 def test_mistakes_are_one_clear_line_and_write_nothing(tmp_path, capsys, flags, message):
     if flags[0] == "--device" and torch.cuda.device_count() > 7:
         pytest.skip("this machine has that device")
