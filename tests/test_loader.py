@@ -361,12 +361,14 @@ def test_no_process_is_left_when_the_reader_stops(tmp_path):
     assert set(multiprocessing.active_children()) == before
 
 
-def test_no_process_is_left_when_the_reader_is_killed(tmp_path):
+@pytest.mark.parametrize("free", [10**12, 0])
+def test_no_process_is_left_when_the_reader_is_killed(tmp_path, free):
     write_tars(tmp_path, [12, 12])
     code = f"""
-import multiprocessing, time
+import multiprocessing, shutil, time, types
 from pixio.data import Loader, open_stream
-batches = iter(Loader(open_stream("imagenet", {str(tmp_path)!r}, size=4, batch_size=4), num_workers=2))
+shutil.disk_usage = lambda path: types.SimpleNamespace(free={free})
+batches = iter(Loader(open_stream("imagenet", {str(tmp_path)!r}, size=256, batch_size=4), num_workers=2))
 next(batches)
 print(*(child.pid for child in multiprocessing.active_children()), flush=True)
 time.sleep(600)

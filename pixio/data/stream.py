@@ -106,24 +106,20 @@ def open_stream(
     data_path: str | None,
     *,
     size: int,
-    batch_size: int,
-    seed: int = 0,
-    crop_scale: tuple[float, float] = (0.2, 1.0),
+    image_suffix: str | None = None,
     json_path: str | None = None,
     hist_thresh: float | None = None,
     imgres_thresh: int | None = None,
     soft_sampling: bool = False,
-    shuffle_shards: int = 8,
-    error_budget: float = 0.2,
-    decode: Literal["fast", "exact"] = "fast",
-    image_suffix: str | None = None,
+    **options: Any,
 ) -> Stream:
     """Describe a stream of training images; `Loader` reads it.
 
     Args:
         dataset_type, data_path, image_suffix: what to read, and where; see `find_shards`.
+        size: side S of the crops, pixels.
         json_path, hist_thresh, imgres_thresh, soft_sampling: curation of a `webdataset`; see `Curation`.
-        size, batch_size, seed, crop_scale, shuffle_shards, error_budget, decode: see `Stream`.
+        options: the other settings of a `Stream`: `batch_size`, `seed`, `crop_scale`, …
 
     Raises:
         ValueError: unknown type, or settings that contradict each other.
@@ -135,13 +131,13 @@ def open_stream(
     if json_path and dataset_type != "webdataset":
         raise ValueError(f"json_path curates dataset_type webdataset only, found {dataset_type}")
     curation = Curation(json_path, hist_thresh, imgres_thresh, soft_sampling) if json_path else None
-    if decode == "fast" and jpeg.simplejpeg is None:
+    if options.get("decode") != "exact" and jpeg.simplejpeg is None:
         warnings.warn(
             "simplejpeg is not installed, Pillow decodes JPEGs more slowly: pip install simplejpeg",
             stacklevel=2,
         )
     shards = find_shards(dataset_type, data_path, size, image_suffix)
-    return Stream(shards, size, batch_size, seed, crop_scale, curation, shuffle_shards, error_budget, decode)
+    return Stream(shards, size, curation=curation, **options)
 
 
 class StreamReader:

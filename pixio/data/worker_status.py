@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.util import Finalize
 
 
 class WorkerStatus:
@@ -25,12 +26,20 @@ class WorkerStatus:
         return self._text.value.decode(errors="replace")
 
     def start(self) -> None:
-        """Note that this process is the one that reads."""
+        """Note that this process is the one that reads; it will not outlive the one that it reads for."""
         self._pid.value = os.getpid()
+        if multiprocessing.parent_process():
+            Finalize(None, _leave_if_orphaned, (os.getppid(),), exitpriority=100)
 
     def set(self, text: str) -> None:
         """Note what it reads."""
         self._text.value = text.encode(errors="backslashreplace")[: len(self._text) - 1]
+
+
+def _leave_if_orphaned(parent: int) -> None:
+    """Leave without handing over the last batches if nobody is there to take them: a full pipe blocks."""
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def what_dead_workers_read(statuses: Sequence[WorkerStatus]) -> list[str]:
