@@ -145,7 +145,7 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
         position = state["data"] if state else None
         loader = Loader(stream, **config.loader_options(runtime), state=position)
     if config.compile:
-        teacher = torch.compile(teacher)
+        teacher = runtime.compile(teacher)
 
     def prepare(batch: dict[str, Tensor]) -> Batch:
         """What all students share: pixels, the teacher's tokens, and one mask if they are to share it."""

@@ -161,7 +161,7 @@ class StudentTrainer:
         self.scaler = runtime.make_scaler()
         self._terms: list[Tensor] = []
         if compile:
-            self.model = torch.compile(self.model)
+            self.model = runtime.compile(self.model)
 
     def loss_fn(self, model: nn.Module, batch: Batch) -> Tensor:
         """The objective as a scalar; its terms are kept for `pop_terms`."""

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 import pixio
@@ -89,7 +88,7 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
     optimizer = make_adamw(mae, base_lr, weight_decay=config.weight_decay, parts=("encoder",))
     scaler = runtime.make_scaler()
     if config.compile:
-        model = torch.compile(model)
+        model = runtime.compile(model)
 
     # ---- resume
     checkpoints = Checkpoints(output / "checkpoints", runtime, keep_newest=2, keep_every=config.keep_every)

@@ -93,6 +93,20 @@ class Runtime(Collectives):
             return shard(model, self.mesh, self.dtype, functools.partial(broadcast, device=self.device))
         return replicate(model, self.device) if self.world_size > 1 else model.to(self.device)
 
+    def compile(self, model: nn.Module) -> nn.Module:
+        """`torch.compile`, after a trial with one addition: what it lacks is said before training starts.
+
+        Raises:
+            ValueError: it does not work here, for want of a compiler or otherwise.
+        """
+        try:
+            torch.compile(lambda x: x + 1)(torch.ones(2, device=self.device))
+        except Exception as error:  # each backend has its own
+            reason = str(error).strip().partition("\n")[0]
+            remedy = "install a C++ compiler such as g++, or leave --compile out"
+            raise ValueError(f"--compile does not work here ({reason}): {remedy}") from error
+        return torch.compile(model)
+
     def memory(self) -> float:
         """Peak memory in GiB: allocated by torch on a GPU, resident in this process on a CPU."""
         if self.device.type == "cuda":

@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from pixio.engine import signals
 from pixio.engine.checkpoint import Checkpoints, Interval
 from pixio.engine.config import option, save_config
+from pixio.engine.lock import lock_folder
 from pixio.engine.logger import Log
 from pixio.engine.program import program
 from pixio.engine.runtime import Runtime, start_runtime
@@ -158,7 +160,8 @@ def run_program(
         launcher = (config.world_size, config.local_rank, config.dist_url)
         runtime = start_runtime(config.device, config.dtype, *launcher, config.parallel)
         try:
-            body(config, runtime)
+            with lock_folder(config.output_dir, runtime):
+                body(config, runtime)
         finally:
             runtime.close()
 
@@ -226,6 +229,9 @@ def save_when_due(
     kept = config.keep_every > 0 and step % config.keep_every == 0
     if stopping or interval.due(step) or last or kept:
         save(step, wait=stopping or last)
+    if stopping and runtime.is_main:
+        why = signals.names() or "a signal to another rank"
+        print(f"stopped by {why}: saved after step {step} of {config.total_steps}; the same command resumes")
     return stopping
 
 
