@@ -14,6 +14,7 @@
 #   sbatch launch_knn.sh pixio_vith16 pixio_vith16.pth
 #   sbatch --account mine --qos high launch_knn.sh …              options of your cluster
 #   GPUS=8 bash launch_knn.sh …                                   the same without SLURM; default: one process
+# Submit in this folder or above it.
 # Further flags are passed on, and the last one wins: … --data_path /data/imagenet --per_block
 set -euo pipefail
 if [ $# -lt 2 ]; then

@@ -14,6 +14,7 @@
 #   sbatch launch_monodepth.sh monodepth/configs/nyuv2_dpt.yaml pixio_vith16 pixio_vith16.pth
 #   sbatch --account mine --qos high launch_monodepth.sh …           options of your cluster
 #   GPUS=8 bash launch_monodepth.sh …                                the same without SLURM; default: one process
+# Submit in this folder or above it.
 # Further flags are passed on, and the last one wins: … --data_root /data/nyud --num_workers 8
 set -euo pipefail
 if [ $# -lt 3 ]; then

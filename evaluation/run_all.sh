@@ -14,7 +14,6 @@ here="$(realpath "$(dirname "${BASH_SOURCE[0]}")")"
 source "$here/launch_common.sh"
 encoder="$1" weights="$(absolute "$2")"
 cd "$here"
-mkdir -p slurm # where SLURM puts what the jobs print; without it they fail at once
 
 : "${SBATCH_FLAGS:=}" "${DENSE_FLAGS:=}" "${KNN_FLAGS:=}"
 start=(bash)

@@ -22,6 +22,7 @@ LAUNCHER_FLAGS = (
     "nodes",
     "ngpus",
     "timeout",
+    "mem_gb",
     "partition",
     "account",
     "qos",

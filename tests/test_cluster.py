@@ -104,6 +104,23 @@ def test_mistakes_are_found_before_the_job_waits_in_the_queue(flags, message):
     assert message in result.stderr
 
 
+def test_an_empty_job_dir_is_the_default():
+    assert "/runs/%j" in dry_run("--job_dir", "")
+
+
+@pytest.mark.parametrize("state", ["PENDING", "RUNNING"])
+def test_a_second_job_for_a_folder_is_refused_while_the_first_is_there(tmp_path, state):
+    for name, text in {"squeue": f"echo 5 RUNNING; echo 77 {state}", "sbatch": "exit 9"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "exp").mkdir()
+    (tmp_path / "exp/77_submission.sh").write_text("#!/bin/bash\n#SBATCH --nodes=1\n")
+    (tmp_path / "exp/5_submission.sh").write_text("of a local run\n")
+    result = submit("--job_dir", tmp_path / "exp", env={**ENV, "PATH": f"{tmp_path}:{ENV['PATH']}"})
+    assert result.returncode == 1
+    assert f"job 77 ({state.lower()}) already runs in {tmp_path}/exp" in result.stderr
+
+
 def test_without_slurm_the_launcher_says_what_else_there_is(tmp_path):
     result = submit(cwd=tmp_path, env={**ENV, "PATH": "/nowhere"})
     assert result.returncode == 1
@@ -223,7 +240,7 @@ class Jobs:
         (folder / "paced.py").write_text(PACED.format(tree=tree))
         (folder / "submit.py").write_text(SUBMIT_PACED.format(tree=tree, script=str(folder / "paced.py")))
 
-    def submit(self, name: str, *flags: str, command=None, **env: str) -> None:
+    def submit(self, name: str, *flags: str, command=None, refused: str = "", **env: str) -> None:
         command = command or [sys.executable, self.folder / "submit.py"]
         flags = [*flags, "--job_dir", self.folder / name, "--cpus_per_task", "1"]
         result = subprocess.run(
@@ -234,6 +251,10 @@ class Jobs:
             capture_output=True,
             text=True,
         )
+        if refused:
+            assert result.returncode == 1
+            assert refused in result.stderr
+            return
         assert result.returncode == 0, result.stderr
         self.numbers[name] = re.match(r"job (\d+): log in", result.stdout)[1]
 
@@ -363,6 +384,7 @@ def run_jobs(folder: Path) -> dict[str, dict]:
         jobs.submit("killed", *spread, PACE="3")
         jobs.submit("killed_shards", *spread, "--parallel", "fsdp", PACE="3")
         jobs.wait_for_step("preempted", 4)
+        jobs.submit("preempted", *together, refused="already runs in")
         cluster.call("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
         jobs.wait_for_step("requeued", 4)
         cluster.call("scontrol", "requeue", jobs.numbers["requeued"])

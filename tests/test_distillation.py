@@ -741,7 +741,7 @@ def test_a_pass_over_a_cache_visits_every_image_once_on_any_number_of_ranks():
 # --- scripts ------------------------------------------------------------------------------------------------
 
 SCRIPTS = sorted((ROOT / "distillation" / "scripts").glob("*.sh"))
-LAUNCHER = {"job_dir", "job_name", "nodes", "ngpus", "timeout", "partition", "account", "qos", "comment"}
+LAUNCHER = {"job_dir", "job_name", "nodes", "ngpus", "timeout", "mem_gb", "partition", "account", "qos"}
 
 
 @pytest.fixture

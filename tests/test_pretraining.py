@@ -322,7 +322,7 @@ def test_without_safetensors_a_run_does_not_begin(trees, tmp_path, monkeypatch):
 
 
 SCRIPTS = sorted((ROOT / "pretraining" / "scripts").glob("*.sh"))
-LAUNCHER = {"job_dir", "job_name", "nodes", "ngpus", "timeout", "partition", "account", "qos", "comment"}
+LAUNCHER = {"job_dir", "job_name", "nodes", "ngpus", "timeout", "mem_gb", "partition", "account", "qos"}
 
 
 @pytest.fixture

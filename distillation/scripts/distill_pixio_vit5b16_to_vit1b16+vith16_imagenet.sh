@@ -8,6 +8,7 @@
 #   expect     released models, k-NN / NYUv2 DPT RMSE: 1B 66.4 / 0.247, H 63.2 / 0.268 (paper)
 # The losses are our choice: cosine for class and patch tokens, averaged.
 # Further flags are passed on, and the last one wins: … --partition gpu --account mine --epochs 100
+# The same command resumes a run that has ended early, with logs of every attempt in its folder exp/….
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 command -v sbatch >/dev/null || {
@@ -17,8 +18,8 @@ command -v sbatch >/dev/null || {
 }
 
 python submitit_distill.py \
-    --job_dir runs/%j --job_name pixio_vit5b16_to_vit1b16+vith16_imagenet \
-    --nodes 16 --ngpus 8 --timeout 4320 \
+    --job_dir exp/pixio_vit5b16_to_vit1b16+vith16_imagenet --job_name pixio_vit5b16_to_vit1b16+vith16_imagenet \
+    --nodes 16 --ngpus 8 --timeout 10080 --mem_gb 1600 \
     --teacher_model pixio_vit5b16 --teacher_pretrained "${TEACHER:?the weight file of the teacher}" \
     --student_models pixio_vit1b16 pixio_vith16 --drop_path 0.4 \
     --mask_ratio 0.5 --mask_grid 4 \

@@ -10,7 +10,7 @@
 set -euo pipefail
 IMAGENET_TARS="${WEB_TARS:?the folder with the tars}" \
     exec bash "$(dirname "${BASH_SOURCE[0]}")/distill_pixio_vit5b16_to_vit1b16+vith16_imagenet.sh" \
-    --job_name pixio_vit5b16_to_vit1b16+vith16_webdata --dataset_type webdataset \
+    --job_dir exp/pixio_vit5b16_to_vit1b16+vith16_webdata --job_name pixio_vit5b16_to_vit1b16+vith16_webdata --dataset_type webdataset \
     --json_path "${WEB_STATS:?the folder with their statistics}" \
     --soft_sampling --hist_thresh 4.5 --imgres_thresh 320 \
     "$@"

@@ -9,6 +9,6 @@
 # It is the recipe of the larger students, unmasked; further flags are passed on, and the last one wins.
 set -euo pipefail
 exec bash "$(dirname "${BASH_SOURCE[0]}")/distill_pixio_vit5b16_to_vit1b16+vith16_imagenet.sh" \
-    --job_name pixio_vit5b16_to_vitl16+vitb16_imagenet \
+    --job_dir exp/pixio_vit5b16_to_vitl16+vitb16_imagenet --job_name pixio_vit5b16_to_vitl16+vitb16_imagenet \
     --student_models pixio_vitl16 pixio_vitb16 --mask_ratio 0 --drop_path 0.1 \
     "$@"

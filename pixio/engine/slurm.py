@@ -12,6 +12,7 @@ import runpy
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +28,13 @@ from pixio.engine.signals import EXIT_PREEMPTED, WARNING, defer_signals, receive
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _NOT_CODE = ("__pycache__", ".*")
-_NOT_PROGRAMS = (*_NOT_CODE, "runs", "slurm", "data")  # of the folder of a program; `pixio.data` is code
+_NOT_PROGRAMS = (
+    *_NOT_CODE,
+    "exp",
+    "runs",
+    "slurm",
+    "data",
+)  # of the folder of a program; `pixio.data` is code
 _LEFT_BY_SHELLS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 # A warning that comes while Python starts would end the process: block it until the program handles it.
 _BLOCK_WARNING = "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2]); "
@@ -42,7 +49,9 @@ class LaunchConfig:
     `SBATCH_CONSTRAINT` in the environment set for every job.
     """
 
-    job_dir: str = option("runs/%j", "logs, and the program's --output_dir; %j is the job's id")
+    job_dir: str = option(
+        "runs/%j", "logs of all attempts, and the program's --output_dir; %j is the job's id"
+    )
     job_name: str = option("pixio", "name in the queue")
     ngpus: int = option(8, "GPUs per node, each with its own process", ge=1)
     nodes: int = option(1, "number of nodes", ge=1)
@@ -64,6 +73,8 @@ class LaunchConfig:
     dry_run: bool = option(False, "print the sbatch script and submit nothing")
 
     def __post_init__(self) -> None:
+        if not self.job_dir:  # the release's way to ask for the default
+            object.__setattr__(self, "job_dir", LaunchConfig.job_dir)
         parent = super()
         if hasattr(parent, "__post_init__"):  # of the program
             parent.__post_init__()
@@ -146,6 +157,11 @@ def launch(config: LaunchConfig, script: Path) -> None:
     if config.dry_run:
         print(executor._make_submission_file_text(executor._submitit_command_str, ""))
         return
+    if earlier := _earlier_job(folder):
+        sys.exit(
+            f"error: job {earlier} already runs in {folder}, and the same command would only resume it: wait "
+            "until it ends, scancel it, or choose another --job_dir"
+        )
     for name in ("partition", "account", "qos", "constraint"):
         if getattr(config, name) is not None:
             os.environ.pop(f"SBATCH_{name.upper()}", None)  # sbatch would prefer it to the option
@@ -154,6 +170,17 @@ def launch(config: LaunchConfig, script: Path) -> None:
     except submitit.core.utils.FailedJobError as error:
         sys.exit(f"error: sbatch refused the job: {' '.join(str(error).split())}")
     print(f"job {submitted.job_id}: log in {submitted.paths.stdout}")
+
+
+def _earlier_job(folder: Path) -> str:
+    """Id and state of a job that was submitted to `folder` and has not ended; empty: there is none."""
+    scripts = folder.glob("*_submission.sh")
+    submitted = {path.name.partition("_")[0] for path in scripts if "#SBATCH" in path.read_text()}
+    command = ["squeue", "--noheader", "--format=%A %T"]
+    queue = subprocess.run(command, capture_output=True, text=True, check=False).stdout if submitted else ""
+    jobs = dict(line.split() for line in queue.splitlines())
+    running = (f"{job} ({jobs[job].lower()})" for job in submitted & jobs.keys() if jobs[job] != "COMPLETING")
+    return next(running, "")
 
 
 def program_arguments(config: LaunchConfig) -> tuple[str, ...]:

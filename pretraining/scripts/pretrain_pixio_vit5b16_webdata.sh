@@ -16,8 +16,8 @@ command -v sbatch >/dev/null || {
 }
 
 python submitit_pretrain.py \
-    --job_dir runs/%j --job_name pixio_vit5b16_webdata \
-    --nodes 32 --ngpus 8 --timeout 4320 --parallel hybrid \
+    --job_dir exp/pixio_vit5b16_webdata --job_name pixio_vit5b16_webdata \
+    --nodes 32 --ngpus 8 --timeout 10080 --mem_gb 1600 --parallel hybrid \
     --model pixio_vit5b16_enc3072x48h32_dec512x32h16 --n_cls_tokens 8 --drop_path 0.4 \
     --norm_pix_loss --mask_ratio 0.75 --mask_grid 4 \
     --dataset_type webdataset --data_path "${WEB_TARS:?the folder with the tars}" \

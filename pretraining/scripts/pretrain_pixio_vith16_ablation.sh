@@ -8,4 +8,4 @@
 # It is the ImageNet recipe with two flags changed; further flags are passed on, and the last one wins.
 set -euo pipefail
 exec bash "$(dirname "${BASH_SOURCE[0]}")/pretrain_pixio_vith16_imagenet.sh" \
-    --job_name pixio_vith16_ablation --mask_grid 2 --n_cls_tokens 4 "$@"
+    --job_dir exp/pixio_vith16_ablation --job_name pixio_vith16_ablation --mask_grid 2 --n_cls_tokens 4 "$@"

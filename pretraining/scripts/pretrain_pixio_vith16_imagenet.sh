@@ -6,6 +6,7 @@
 #   hours      not measured here; 642,000 steps
 #   expect     no published number for this exact preset; its neighbour pretrain_pixio_vith16_ablation.sh has one
 # Further flags are passed on, and the last one wins: … --partition gpu --account mine --epochs 100
+# The same command resumes a run that has ended early, with logs of every attempt in its folder exp/….
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 command -v sbatch >/dev/null || {
@@ -15,8 +16,8 @@ command -v sbatch >/dev/null || {
 }
 
 python submitit_pretrain.py \
-    --job_dir runs/%j --job_name pixio_vith16_imagenet \
-    --nodes 16 --ngpus 8 --timeout 4320 \
+    --job_dir exp/pixio_vith16_imagenet --job_name pixio_vith16_imagenet \
+    --nodes 16 --ngpus 8 --timeout 10080 --mem_gb 1600 \
     --model pixio_vith16_enc1280x32h16_dec512x32h16 --n_cls_tokens 8 --drop_path 0.4 \
     --norm_pix_loss --mask_ratio 0.75 --mask_grid 4 \
     --dataset_type imagenet --data_path "${IMAGENET_TARS:?the folder with the *train*.tar files}" \
