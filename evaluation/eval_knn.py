@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 from feature_bank import PooledFeatures, list_classes, open_bank
-from launch import EvaluationConfig, run_program
+from launch import EvaluationConfig, run_evaluation
 from torch import nn
 
 from pixio.engine.config import option, parse
@@ -185,7 +185,7 @@ def draw_blocks(path: Path, rows: list[dict[str, Any]], reported_k: int) -> None
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse and run; returns what `results.json` holds. A mistake ends the program with one line."""
     config = parse(KnnConfig, argv, prog=PROGRAM)
-    return run_program(PROGRAM, config, partial(evaluate, config))
+    return run_evaluation(PROGRAM, config, partial(evaluate, config))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from dense.config import DenseConfig
 from dense.panels import draw_depth
 from dense.probe import Task
 from dense.run import run
-from launch import run_program
+from launch import run_evaluation
 from monodepth.data import depth_source
 from monodepth.metrics import HIGHER_IS_BETTER, METRICS, DepthScores, silog_loss
 from torch import Tensor
@@ -73,7 +73,7 @@ def depth_task(config: DepthConfig) -> Task:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse and run; returns what `results.json` holds. A mistake ends the program with one line."""
     config = parse(DepthConfig, argv, prog=PROGRAM)
-    return run_program(PROGRAM, config, partial(run, config, depth_task(config)))
+    return run_evaluation(PROGRAM, config, partial(run, config, depth_task(config)))
 
 
 if __name__ == "__main__":

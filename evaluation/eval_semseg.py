@@ -17,7 +17,7 @@ from dense.config import DenseConfig
 from dense.panels import draw_classes
 from dense.probe import Task
 from dense.run import run
-from launch import run_program
+from launch import run_evaluation
 from semseg.data import CLASS_NAMES, mask_source
 from semseg.metrics import IGNORE, SegmentationScores, segmentation_loss
 
@@ -76,7 +76,7 @@ def segmentation_task(config: SegmentationConfig) -> Task:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse and run; returns what `results.json` holds. A mistake ends the program with one line."""
     config = parse(SegmentationConfig, argv, prog=PROGRAM)
-    return run_program(PROGRAM, config, partial(run, config, segmentation_task(config)))
+    return run_evaluation(PROGRAM, config, partial(run, config, segmentation_task(config)))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class EvaluationConfig:
     )
 
 
-def run_program(name: str, config: EvaluationConfig, body: Callable[[Runtime], Result]) -> Result:
+def run_evaluation(name: str, config: EvaluationConfig, body: Callable[[Runtime], Result]) -> Result:
     """Start the ranks and run `body`; a mistake or a failure ends the program with one line.
 
     Args:

@@ -6,6 +6,8 @@ import itertools
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -17,6 +19,7 @@ from dense.data import (
     DataSource,
     PairDataset,
     StepSampler,
+    _oddities,
     crop_and_flip,
     open_split,
     read_photo,
@@ -547,6 +550,24 @@ def test_depth_of_a_wrong_unit_is_a_warning_where_some_of_it_counts():
     assert inspect_depth(2, 0) == "no pixel of 1 of 2 depth files counts, such as 1.png"
 
 
+@pytest.mark.parametrize(("labelled", "read"), [(None, 16 + 256), (3, 16 + 256), (0, 16)])
+def test_more_targets_are_looked_at_before_a_split_is_refused(labelled, read):
+    looked_at = []
+
+    def target_of(image: Path, target: Path):
+        looked_at.append(target.name)
+        return np.zeros((4, 4, 3), np.uint8), np.full((4, 4), 0 if target.name == f"{labelled}.png" else 255)
+
+    data = PairDataset(Path(), [Pair("i.png", f"{i}.png") for i in range(1000)], target_of)
+    odd = _oddities(mask_source("folder", 3, False, True), data, applies_exif=True)
+    if labelled is None:
+        with pytest.raises(ValueError, match="no pixel of 256 masks is scored"):
+            next(odd)
+    else:
+        assert f"{read - 16 or 16} masks such as 0.png hold class 0 of 3 alone" in next(odd)
+    assert len(looked_at) == read
+
+
 def inspect_masks(*values: int, reduce_zero_label: bool = False) -> str:
     files = [(Path(f"{i}.png"), torch.full((4, 4), value).byte()) for i, value in enumerate(values)]
     return mask_data.inspect_masks(files, 3, reduce_zero_label, "do this")
@@ -715,6 +736,15 @@ def test_an_interrupted_conversion_can_be_run_again(loveda, monkeypatch, killed_
     process_loveda.main([str(root)])
     assert_converted(root, masks)
     assert not list(root.rglob("*.partial"))
+
+
+def test_the_conversion_is_started_as_a_file_from_the_folder_of_the_programs(loveda):
+    root, masks = loveda
+    folder = Path(process_loveda.__file__).parents[2]
+    command = [sys.executable, "semseg/util/process_loveda.py", str(root)]
+    environment = os.environ | {"PYTHONPATH": str(folder.parent)}
+    subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert_converted(root, masks)
 
 
 @pytest.mark.parametrize(("value", "message"), [(255, "mixture"), (9, "mixture")])

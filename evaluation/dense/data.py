@@ -20,9 +20,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from pixio.images.decoding import DamagedDataError, decode, orientation
 
-_INSPECTED = 16  # targets of a split that are looked at before it is used
+_INSPECTED = (
+    16,
+    256,
+)  # targets looked at before a split is used; more if the first teach nothing
 
 Arrays = tuple[np.ndarray, np.ndarray]  # an image uint8 [H, W, 3] and its target [H, W]
+
+
+class NothingScoredError(ValueError):
+    """Targets without a pixel that is scored."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,8 @@ class DataSource:
         published: "train" and "val" -> number of pairs; empty where nothing is published.
         read: image path, target path -> arrays.
         crop: random generator, image, target, S -> arrays [S, S, 3] and [S, S].
-        inspect: target files and their targets -> what is odd about them, or nothing.
+        inspect: target files and their targets -> what is odd about them, or nothing; raises
+            `NothingScoredError`.
         folders: below the root, where paths in split files may start.
     """
 
@@ -141,14 +149,18 @@ def open_split(
 
 def _oddities(source: DataSource, data: PairDataset, applies_exif: bool) -> Iterator[str]:
     """What is odd about some targets of a split, evenly spaced, and their images."""
-    count = min(_INSPECTED, len(data))
-    indices = [i * len(data) // count for i in range(count)]
-    pairs = [data.pairs[index] for index in indices]
-    examples = whole_examples(replace(data, crop=None), indices, num_workers=0, pin_memory=False)
-    targets = (example.target for example in examples)
-    yield source.inspect(
-        (data.root / pair.target, target) for pair, target in zip(pairs, targets, strict=True)
-    )
+    for most in _INSPECTED:
+        count = min(most, len(data))
+        indices = [i * len(data) // count for i in range(count)]
+        pairs = [data.pairs[index] for index in indices]
+        examples = whole_examples(replace(data, crop=None), indices, num_workers=0, pin_memory=False)
+        targets = ((data.root / pair.target, x.target) for pair, x in zip(pairs, examples, strict=True))
+        try:
+            yield source.inspect(targets)
+            break
+        except NothingScoredError:
+            if most == _INSPECTED[-1] or count == len(data):
+                raise
     if not applies_exif:
         yield next(filter(None, (describe_turn(data.root / pair.image) for pair in pairs)), "")
 

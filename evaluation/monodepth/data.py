@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from dense.data import Arrays, DataSource, crop_and_flip, read_photo
+from dense.data import Arrays, DataSource, NothingScoredError, crop_and_flip, read_photo
 from dense.listing import Listing, Pair, list_below, list_existing, list_folder
 from torch import Tensor
 
@@ -79,7 +79,7 @@ def inspect_depth(
     """What is odd about depth files [H, W] in meters, or nothing: a wrong unit, most likely.
 
     Raises:
-        ValueError: no pixel of them counts.
+        NothingScoredError: no pixel of them counts.
     """
     rows = []  # file, pixels that count, pixels measured, nearest and farthest of these
     for path, depth in depths:
@@ -89,13 +89,13 @@ def inspect_depth(
         rows.append((path, counting, len(known), *limits))
     path, _, _, near, far = max(rows, key=lambda row: row[-1])
     if far == 0:
-        raise ValueError(f"no depth is measured in {len(rows)} files such as {path}: all is 0 (unknown)")
+        raise NothingScoredError(f"no depth is measured in {len(rows)} files such as {path}: all is 0")
     limits = f"--min_depth {min_depth:g}, --max_depth {max_depth:g}"
     remedy = _unit_remedy(path, far, max_depth, units_per_meter)
     found = f"{path} holds {near:.4g} to {far:.4g} m ({limits}): {remedy}"
     counting, measured = (sum(row[i] for row in rows) for i in (1, 2))
     if not counting:
-        raise ValueError(f"no pixel of {len(rows)} depth files counts: {found}")
+        raise NothingScoredError(f"no pixel of {len(rows)} depth files counts: {found}")
     if counting < measured / 2:
         return f"{1 - counting / measured:.0%} of the depth in {len(rows)} files does not count: {found}"
     if far < max_depth / 10:

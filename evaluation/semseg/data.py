@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from dense.data import Arrays, DataSource, crop_and_flip, read_photo
+from dense.data import Arrays, DataSource, NothingScoredError, crop_and_flip, read_photo
 from dense.listing import Listing, Pair, list_below, list_existing, list_folder
 from PIL import Image
 from torch import Tensor
@@ -117,7 +117,7 @@ def inspect_masks(
     """What is odd about mask files [H, W] with classes, or nothing: one class alone, for example.
 
     Raises:
-        ValueError: no pixel of them is scored.
+        NothingScoredError: no pixel of them is scored.
     """
     rows = [(path, mask.flatten().bincount(minlength=nclass)[:nclass]) for path, mask in masks]
     classes = sum(pixels for _, pixels in rows).nonzero().flatten().tolist()
@@ -125,7 +125,7 @@ def inspect_masks(
         f"0 (ignored by --reduce_zero_label) and {IGNORE}" if reduce_zero_label else f"{IGNORE} (ignored)"
     )
     if not classes:
-        raise ValueError(
+        raise NothingScoredError(
             f"no pixel of {len(rows)} masks is scored: {rows[0][0]} holds {ignored} alone, expected class "
             f"numbers from {int(reduce_zero_label)}: {remedy}"
         )

@@ -1,7 +1,7 @@
 """From features to depth maps and masks: frozen encoders, heads, sliding windows."""
 
 from pixio.dense.frozen import FrozenEncoder
-from pixio.dense.heads import KINDS, DPTHead, LinearHead, Ranks, SyncedBatchNorm2d, head_blocks, make_head
+from pixio.dense.heads import KINDS, DPTHead, LinearHead, SyncedBatchNorm2d, SyncGroup, head_blocks, make_head
 from pixio.dense.sliding import slide
 
 __all__ = [
@@ -9,7 +9,7 @@ __all__ = [
     "DPTHead",
     "FrozenEncoder",
     "LinearHead",
-    "Ranks",
+    "SyncGroup",
     "SyncedBatchNorm2d",
     "head_blocks",
     "make_head",

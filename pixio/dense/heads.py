@@ -30,7 +30,7 @@ def head_blocks(kind: str, depth: int) -> list[int]:
     return [depth * k // 4 - 1 for k in (1, 2, 3, 4)]
 
 
-class Ranks(Protocol):
+class SyncGroup(Protocol):
     """The processes that share a batch; a `pixio.engine.runtime.Runtime` is one."""
 
     @property
@@ -40,14 +40,14 @@ class Ranks(Protocol):
         """Collective: the mean of `tensor` over the ranks, detached."""
 
 
-def make_head(kind: str, channels: int, outputs: int, ranks: Ranks | None = None) -> nn.Module:
+def make_head(kind: str, channels: int, outputs: int, ranks: SyncGroup | None = None) -> nn.Module:
     """Build a head with fresh weights.
 
     Args:
         kind: one of `KINDS`.
         channels: F of each feature map.
         outputs: O.
-        ranks: as in `LinearHead`; a DPT head has no BatchNorm.
+        ranks: processes that share the BatchNorm statistics of a linear head; None: each has its own.
 
     Raises:
         ValueError: unknown kind.
@@ -58,15 +58,9 @@ def make_head(kind: str, channels: int, outputs: int, ranks: Ranks | None = None
 
 
 class LinearHead(nn.Module):
-    """BatchNorm and one linear map per location.
+    """BatchNorm and one linear map per location; arguments as of `make_head`."""
 
-    Args:
-        channels: F of the feature map.
-        outputs: O.
-        ranks: processes whose batches share the BatchNorm statistics; None: each has its own.
-    """
-
-    def __init__(self, channels: int, outputs: int, ranks: Ranks | None = None):
+    def __init__(self, channels: int, outputs: int, ranks: SyncGroup | None = None):
         super().__init__()
         self.norm = SyncedBatchNorm2d(channels, ranks)
         self.predict = nn.Conv2d(channels, outputs, 1)
@@ -82,13 +76,9 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
 
     With ranks, its input must need no gradient (frozen features), which would have to flow through the
     statistics, and the ranks' batches must have the same size. Without, it is torch's BatchNorm2d.
-
-    Args:
-        channels: F.
-        ranks: the processes that share statistics, or None.
     """
 
-    def __init__(self, channels: int, ranks: Ranks | None = None):
+    def __init__(self, channels: int, ranks: SyncGroup | None = None):
         super().__init__(channels)
         self.ranks = ranks
 
@@ -115,12 +105,7 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
 
 
 class DPTHead(nn.Module):
-    """Four feature maps, resampled to strides of 1/4, 1/2, 1 and 2 patches and fused from coarse to fine.
-
-    Args:
-        channels: F of each feature map.
-        outputs: O.
-    """
+    """Four feature maps, resampled to strides of 1/4, 1/2, 1 and 2 patches and fused from coarse to fine."""
 
     def __init__(self, channels: int, outputs: int):
         super().__init__()
