@@ -9,8 +9,8 @@ For each tar it writes `--json_path/<parent folder>/<tar name>.json`: member nam
 pixels, upright), `histogram_score` (see `pixio.data.curation`) and `mae_loss`, or `error` if damaged.
 `mae_loss` is the loss of the model in `--checkpoint` on the whole image, resized, with pixels normalized per
 patch: the mean over `--mask_draws` masks that follow from the image's bytes, so that the same image gets the
-same score wherever it lies. A file is written when its tar is finished; the same command goes on after an
-interruption, and adds scores that are still missing.
+same score wherever it lies. A file is written when its tar is finished; the same command resumes after
+an interruption, and adds scores that are still missing.
 """
 
 import hashlib
@@ -68,12 +68,12 @@ class CurateConfig:
     mask_ratio: float = option(0.75, "share of masked cells", gt=0, lt=1)
     seed: int = option(0, "of the masks", ge=0)
     batch_size: int = option(64, "images per forward pass", ge=1)
-    num_workers: int = option(6, "reading processes per rank, each at a tar of its own", ge=0)
+    num_workers: int = option(6, "reading processes per rank, each with its own tar", ge=0)
     device: str = option("auto", "auto (a GPU if there is one), cpu, or the name of a torch device")
     dtype: Literal["bf16", "fp16", "fp32"] = option("fp32", "what autocast computes in")
-    world_size: int | None = option(None, "processes, when started by hand; launchers tell it", ge=1)
+    world_size: int | None = option(None, "processes, when started by hand; launchers set it", ge=1)
     local_rank: int | None = option(None, "which of them this is", aliases=("local-rank",), ge=0)
-    dist_url: str | None = option(None, "where they meet, such as tcp://127.0.0.1:29500")
+    dist_url: str | None = option(None, "where they rendezvous, such as tcp://127.0.0.1:29500")
 
     def __post_init__(self) -> None:
         if unknown := set(self.scores) - set(SCORES):
@@ -120,8 +120,8 @@ def reconstruction_losses(
     """The loss of each image, a function of its pixels and its seed alone.
 
     The masks of an image are taken from one random order of the cells: the first shows the first few, the
-    second the next, and so on around. Batches are filled up to one size, so that each image meets the same
-    arithmetic.
+    second the next, and so on around. Batches are filled up to one size, so that the arithmetic
+    is the same for each image.
 
     Args:
         mae: in evaluation mode, on the device of `runtime`.
@@ -308,7 +308,7 @@ def report(config: ReportConfig) -> None:
 
 
 def mean(values: np.ndarray) -> float:
-    """The mean as JSON shall show it."""
+    """The mean, rounded for JSON."""
     return round(float(values.mean()), 4)
 
 

@@ -31,7 +31,7 @@ def test_thresholds_and_missing_statistics_drop_and_count(tmp_path):
     loader = Loader(stream)
     for _ in islice(loader, 10):
         pass
-    # after the last image kept in epoch 10, some of those dropped in it are still to be met
+    # after the last image kept in epoch 10, some of those dropped in it are still to come
     assert loader.counts["kept"] == 560
     assert loader.counts["shard_without_statistics"] == 10
     for reason, dropped in {"histogram": 10, "resolution": 7, "no_statistics": 2}.items():

@@ -16,7 +16,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as tvf
 
 from pixio.images import decoding, jpeg, normalization
-from pixio.images.crops import crop_box, decode_crop, random_resized_crop, resize_center_crop
+from pixio.images.crops import crop_box, decode_crop, random_resized_crop, resize_center_crop, whole_box
 from pixio.images.decoding import DamagedDataError, decode
 from pixio.images.normalization import denormalize, normalize
 
@@ -79,16 +79,16 @@ def test_normalize_matches_torchvision_and_is_undone():
 
 
 def test_every_color_mode_becomes_rgb():
-    grey = Image.fromarray(np.full((4, 4), 100, np.uint8))
+    gray = Image.fromarray(np.full((4, 4), 100, np.uint8))
     deep = Image.fromarray(np.full((4, 4), 100 * 257, np.uint16))
     palette = Image.new("RGB", (4, 4), (10, 200, 30)).quantize()
     clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
     half = Image.new("LA", (4, 4), (0, 128))
     cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
     cases = [
-        (encoded(grey, "png"), (100, 100, 100)),
-        (encoded(grey, "jpeg"), (100, 100, 100)),
-        (encoded(grey.point(lambda v: 255, "1"), "png"), (255, 255, 255)),
+        (encoded(gray, "png"), (100, 100, 100)),
+        (encoded(gray, "jpeg"), (100, 100, 100)),
+        (encoded(gray.point(lambda v: 255, "1"), "png"), (255, 255, 255)),
         (encoded(deep, "png"), (100, 100, 100)),
         (encoded(palette, "png"), (10, 200, 30)),
         (encoded(palette, "png", transparency=0), (255, 255, 255)),
@@ -145,8 +145,8 @@ def test_exact_crop_equals_torchvisions_of_the_whole_image():
 def test_rows_above_the_bottom_are_those_of_the_whole_image(monkeypatch, backend, options):
     if backend == "Pillow":
         monkeypatch.setattr(jpeg, "simplejpeg", None)
-    grey = noise(20, 15).convert("L").convert("RGB").resize((301, 227))  # no chroma to interpolate
-    data = encoded(grey, "jpeg", quality=85, **options)
+    gray = noise(20, 15).convert("L").convert("RGB").resize((301, 227))  # no chroma to interpolate
+    data = encoded(gray, "jpeg", quality=85, **options)
     frame = jpeg.read_frame(data)
     assert (frame.width, frame.height, frame.baseline) == (301, 227, "progressive" not in options)
     whole = np.asarray(Image.open(io.BytesIO(data))).astype(int)
@@ -202,6 +202,8 @@ def test_jpeg_that_lacks_only_its_end_marker_is_an_image(options):
     data = encoded(noise(70, 90), "jpeg", **options)
     for missing in (1, 2):
         assert np.array_equal(np.asarray(decode(data[:-missing])), np.asarray(decode(data)))
+        crops = [decode_crop(cut, 16, whole_box) for cut in (data, data[:-missing])]
+        assert (crops[0].int() - crops[1].int()).abs().float().mean() <= 2
     for missing in (3, 4, 10, 100):
         with pytest.raises(DamagedDataError):
             decode(data[:-missing])

@@ -41,7 +41,7 @@ class Consumers:
                 group, done = group + 1, 0
 
     def successor(self, consumers: int) -> "Consumers":
-        """Other consumers that go on from here."""
+        """Other consumers that resume from here."""
         past = ResumedFrom(self.sampler, tuple(self.positions))
         sampler = replace(self.sampler, consumers=consumers, resumed_from=past)
         after = Consumers(sampler, self.sizes, min(number for number, _, _ in self.positions))

@@ -109,7 +109,7 @@ class Loader:
         self.rank, self.world_size = rank, world_size
         self.num_workers, self.pin_memory, self.prefetch = num_workers, pin_memory, prefetch
         self.counts: Counter[str] = Counter()
-        self._errors: dict[str, None] = {}  # in the order in which they were met
+        self._errors: dict[str, None] = {}  # in the order in which they occurred
 
         self._readers = max(num_workers, 1)
         self._turn = 0  # reader that gives the next batch

@@ -1,4 +1,4 @@
-"""What a consumer has read, dropped and failed to read, and when that is too much to go on."""
+"""What a consumer has read, dropped and failed to read, and when that ends the run."""
 
 import logging
 import time

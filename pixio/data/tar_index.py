@@ -67,12 +67,11 @@ def index_tar(file: BinaryIO, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Tar
                     entries.append(Entry(member.name, member.offset_data, member.size))
                     if member.sparse is not None:
                         extents[member.offset_data] = member.sparse
-    except DamagedDataError as error:
-        damage = str(error)
-    except MemoryError:  # tarfile reserves what a header says that a long name takes
-        damage = "a header claims an impossible size"
-    except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, RecursionError) as error:
-        damage = str(error)
+    except OSError as error:  # of the disk: the tar may be whole
+        raise DamagedDataError(f"not a readable tar: {error}") from error
+    except (tarfile.TarError, MemoryError, ValueError, EOFError, OverflowError, RecursionError) as error:
+        # a MemoryError, without a text, is what a long name of impossible size gives
+        damage = str(error) or "a header claims an impossible size"
     if not entries and damage:
         raise DamagedDataError(f"not a readable tar: {damage}")
     if not entries:
@@ -118,14 +117,14 @@ def read_member(descriptor: int, entry: Entry, extents: list[tuple[int, int]] | 
     """The bytes of an entry of an open file, of which only `extents` are stored if it is sparse.
 
     Raises:
-        DamagedDataError: too large, or fewer bytes than the index promises.
+        DamagedDataError: too large, or fewer bytes than indexed.
     """
     if entry.size > MAX_BYTES:
         raise DamagedDataError(f"{entry.size:,} bytes is above {MAX_BYTES:,}")
     wanted = entry.size if extents is None else sum(size for _, size in extents)
     data = os.pread(descriptor, wanted, entry.offset)
     if len(data) != wanted:
-        raise DamagedDataError(f"{len(data):,} bytes where the index promises {wanted:,}")
+        raise DamagedDataError(f"{len(data):,} bytes read of {wanted:,} indexed: the file has changed")
     if extents is None:
         return data
     image, at = bytearray(entry.size), 0

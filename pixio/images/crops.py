@@ -19,8 +19,8 @@ from pixio.images.normalization import to_tensor
 Box = tuple[int, int, int, int]  # left, top, width, height, in pixels
 
 # Decoding at a fraction of the resolution aliases otherwise than the bicubic filter does. How much that shows
-# depends on how much larger than the crop the reduced image is, and on the detail in the photograph, of which
-# its bits per pixel tell. Below so many bits -> least ratio with which the mean difference stays below 2 of
+# depends on how much larger than the crop the reduced image is, and on the detail in the photograph, seen in
+# its bits per pixel. Below so many bits -> least ratio with which the mean difference stays below 2 of
 # 255 levels (in more than 99 of 100 crops of ImageNet photographs, at any scale; typically it is 0.5).
 _REDUCTION_MARGINS = ((1.0, 1.0), (1.5, 1.5), (math.inf, 2.5))
 

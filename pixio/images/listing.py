@@ -33,7 +33,7 @@ def list_files(root: str | os.PathLike, suffixes: tuple[str, ...] = IMAGE_SUFFIX
         suffixes: in lower case; files with one of them, in any case, are listed.
 
     Returns:
-        Paths relative to `root`, sorted. Links without a target are among them, so that reading tells.
+        Paths relative to `root`, sorted, links without a target among them: reading those is an error.
 
     Warns:
         UserWarning: a folder that cannot be listed and is left out.
