@@ -1,5 +1,6 @@
 """What one teacher for several students saves, and where the time of a distillation step goes.
 
+    export PYTHONPATH=distillation
     OMP_NUM_THREADS=2 python benchmarks/distill.py
     python benchmarks/distill.py --teacher pixio_vitl16 --students pixio_vits16 pixio_vitti16 --batch_size 128
 
@@ -16,16 +17,14 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from unittest import mock
 
+import main_distill
 import torch
 
 import pixio
 from pixio.data import Loader
 from pixio.synthetic.trees import write_tree
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distillation"))
-import main_distill
 
 
 class Stopwatch:
@@ -82,20 +81,18 @@ def now() -> float:
 def measure(flags: list[str], students: list[str]) -> dict[str, float]:
     """Seconds per step of one run, and of its parts."""
     watch = Stopwatch()
-    before = {
-        name: getattr(main_distill, name)
-        for name in ("teacher_tokens", "compute_gradients", "apply_gradients", "Loader")
+    timed = {
+        "teacher_tokens": watch.timed("teacher", main_distill.teacher_tokens),
+        "compute_gradients": watch.timed("students", main_distill.compute_gradients),
+        "apply_gradients": watch.timed("students", main_distill.apply_gradients, ends_step=True),
+        "Loader": watch.loader,
     }
-    main_distill.teacher_tokens = watch.timed("teacher", before["teacher_tokens"])
-    main_distill.compute_gradients = watch.timed("students", before["compute_gradients"])
-    main_distill.apply_gradients = watch.timed("students", before["apply_gradients"], ends_step=True)
-    main_distill.Loader = watch.loader
-    try:
-        with tempfile.TemporaryDirectory() as output, contextlib.redirect_stdout(sys.stderr):
-            main_distill.main([*flags, "--output_dir", output, "--student_models", *students])
-    finally:
-        for name, original in before.items():
-            setattr(main_distill, name, original)
+    with (
+        mock.patch.multiple(main_distill, **timed),
+        tempfile.TemporaryDirectory() as output,
+        contextlib.redirect_stdout(sys.stderr),
+    ):
+        main_distill.main([*flags, "--output_dir", output, "--student_models", *students])
     return watch.per_step()
 
 

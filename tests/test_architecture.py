@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -28,28 +29,93 @@ def files(*folders: str) -> list[Path]:
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
-def assert_none_imports(paths: list[Path], *forbidden: str) -> None:
-    assert paths
-    for path in paths:
-        bad = {
-            name for name in imports(path) if any(name == f or name.startswith(f + ".") for f in forbidden)
-        }
-        assert not bad, f"{path.relative_to(ROOT)} imports {sorted(bad)}"
+def room(module: str) -> str:
+    """The room of a module of ours, `pixio` for the package itself: pixio.models.mae -> models."""
+    return module.split(".")[min(1, module.count("."))]
 
 
-def test_engine_knows_no_model_no_data_and_no_tree():
-    rooms = [f"pixio.{path.parent.name}" for path in (ROOT / "pixio").glob("*/__init__.py")]
-    assert_none_imports(files("pixio/engine"), *(room for room in rooms if room != "pixio.engine"), *TREES)
+def modules() -> dict[str, set[str]]:
+    """Every module of the package, and the modules of the package that it imports."""
+    paths = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files("pixio")}
+    paths = {name.removesuffix(".__init__"): path for name, path in paths.items()}
+    return {name: (imports(path) & paths.keys()) - {name} for name, path in paths.items()}
 
 
-def test_data_knows_no_engine_no_model_and_no_tree():
-    above = [f"pixio.{room}" for room in ("models", "weights", "features", "dense", "engine", "cli")]
-    assert_none_imports(files("pixio/data"), *above, *TREES)
+def plain_names(tree: str) -> set[str]:
+    """How the scripts of a tree import each other: the names of its modules and packages."""
+    return {path.stem for path in (ROOT / tree).iterdir() if path.suffix == ".py" or path.is_dir()}
 
 
-@pytest.mark.parametrize("tree", [tree for tree in TREES if (ROOT / tree).is_dir()])
-def test_trees_import_pixio_but_never_each_other(tree):
-    assert_none_imports(files(tree), *(other for other in TREES if other != tree))
+# From above to below; a room imports from the rows below its own, and `pixio` itself (its public names) is
+# imported by commands alone.
+ROWS = (
+    ("__main__",),
+    ("cli",),
+    ("pixio", "uniception"),
+    ("dense", "features"),
+    ("models",),
+    ("weights",),
+    ("data", "engine"),
+    ("synthetic",),
+    ("images",),
+    ("files",),
+)
+
+
+def test_every_room_imports_from_the_rooms_below_it_only():
+    height = {name: -row for row, rooms in enumerate(ROWS) for name in rooms}
+    for module, imported in modules().items():
+        for other in imported:
+            if room(module) != room(other):
+                assert height[room(other)] < height[room(module)], f"{module} imports {other}"
+
+
+def test_the_engine_imports_nothing_of_ours_but_files():
+    for module, imported in modules().items():
+        if room(module) == "engine":
+            assert {room(other) for other in imported} <= {"engine", "files"}, module
+
+
+def test_data_and_weights_know_no_rank_and_no_device():
+    for module, imported in modules().items():
+        if room(module) in ("data", "weights"):
+            assert not imported & {f"pixio.engine.{name}" for name in ("runtime", "ranks", "parallel")}, (
+                module
+            )
+
+
+def test_no_module_imports_itself_through_others():
+    graph = {module: imported - {"pixio"} for module, imported in modules().items()}
+    assert set(TopologicalSorter(graph).static_order()) >= graph.keys() - {"pixio"}  # or a CycleError
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_trees_import_pixio_and_their_own_modules_but_never_each_other(tree):
+    others = set().union(*(plain_names(other) | {other} for other in TREES if other != tree))
+    for path in files(tree):
+        used = {name.split(".")[0] for name in imports(path)}
+        assert not used & (others - plain_names(tree)), path.relative_to(ROOT)
+
+
+def test_the_package_imports_no_tree():
+    names = set().union(*(plain_names(tree) | {tree} for tree in TREES))
+    for path in files("pixio"):
+        assert not {name.split(".")[0] for name in imports(path)} & names, path.relative_to(ROOT)
+
+
+def test_modules_are_short():
+    for path in files("pixio", *TREES, "benchmarks", "assets", "tests"):
+        lines = len(path.read_text().splitlines())
+        assert lines <= (800 if path.parent.name == "tests" else 450), f"{path.relative_to(ROOT)}: {lines}"
+
+
+def test_tests_and_benchmarks_import_without_changing_the_search_path():
+    for path in files("tests", "benchmarks", *TREES):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                used = ast.unparse(node)
+                assert used not in ("sys.path.insert", "sys.path.append"), path.relative_to(ROOT)
+                assert node.attr != "spec_from_file_location", path.relative_to(ROOT)
 
 
 def test_only_runtime_ranks_and_parallel_know_device_words():

@@ -90,7 +90,7 @@ class Scenes:
     layout: str = option(help="{choices}", positional=True, choices="pixio.synthetic.trees:LAYOUTS")
     root: str = option(help="folder to make", positional=True)
     train: int = option(1000, "training images", ge=0)
-    val: int = option(100, "validation images", ge=0)
+    val: int | None = option(None, "validation images; by default 100 where the layout has any", ge=0)
     size: int = option(128, "pixels per side that are rendered", ge=1)
     seed: int = option(0, "of the scenes", ge=0)
     workers: int = option(0, "processes", ge=0)

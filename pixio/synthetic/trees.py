@@ -11,15 +11,17 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from pixio.files import read_json, write_atomic
 from pixio.synthetic.scenes import LABEL_NAMES, VERSION, Scene, label_of, render
 
-KITTI_DEPTH_SCALE = 8  # scenes reach 10 m, KITTI 80 m: rendered metres are multiplied by this
+KITTI_DEPTH_SCALE = 8  # scenes reach 10 m, KITTI 80 m: rendered meters are multiplied by this
 
 # Values in the label files for the classes in the order of CLASS_NAMES, and last for unscored pixels.
 ADE20K_VALUES = np.array([5, 0, 3, 41, 119, 42, 36, 255], np.uint8)  # its own, with ball, column and lamp
@@ -97,21 +99,21 @@ class Layout:
         contents: their bytes, in the same order.
         in_tars: whether a group is a tar of many images rather than one image.
         capacity: most items of each split that the names allow.
-        lists: further files about the whole tree, name -> text, from the number of items of each split.
+        lists: further files about the whole tree, name -> text, from all its groups.
     """
 
     paths: Callable[[_Group], tuple[str, ...]]
     contents: Callable[[_Group], tuple[bytes, ...]]
     in_tars: bool = False
     capacity: tuple[int, int] = (_SEEDS_PER_SPLIT, _SEEDS_PER_SPLIT)
-    lists: Callable[[int, int], dict[str, str]] = lambda train, val: {}
+    lists: Callable[[list[_Group]], dict[str, str]] = lambda groups: {}
 
 
 def write_tree(
     layout: str,
     root: str | Path,
     train: int,
-    val: int,
+    val: int | None,
     size: int,
     seed: int = 0,
     workers: int = 0,
@@ -119,15 +121,15 @@ def write_tree(
 ) -> TreeSummary:
     """Renders scenes into a folder laid out as a public data set.
 
-    The same arguments give the same bytes, whatever `workers` is. Files are completed aside and moved into
-    place; `scenes.json`, written last, holds the arguments. An identical call continues an interrupted one
+    The same arguments give the same bytes, whatever `workers` is. Every file is whole or
+    absent; `scenes.json`, written last, holds the arguments. An identical call resumes an interrupted one
     and leaves a finished tree alone. Training and validation scenes never share a seed, nor do trees of
     different `seed`; trees of different layouts and the same `seed` show the same scenes.
 
     Args:
         layout: a key of `LAYOUTS`.
-        root: the folder to create or continue.
-        train, val: number of images of each split.
+        root: the folder to make or resume.
+        train, val: number of images of each split; None is 100 validation images where the layout has any.
         size: side of the square images in pixels; for nyuv2 and kitti the height that is rendered, then
             resampled to their resolution.
         seed: any integer >= 0.
@@ -142,6 +144,9 @@ def write_tree(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
+    rules = LAYOUTS[layout]
+    if val is None:
+        val = min(100, rules.capacity[1])
     for name, value, least in (
         ("train", train, 0),
         ("val", val, 0),
@@ -152,14 +157,13 @@ def write_tree(
     ):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    for split, count, capacity in zip(_SPLITS, (train, val), LAYOUTS[layout].capacity, strict=True):
+    for split, count, capacity in zip(_SPLITS, (train, val), rules.capacity, strict=True):
         if count > capacity:
             raise ValueError(
                 f"layout {layout} holds at most {capacity} {split} images, {count} were asked for: "
                 f"give --{split} {capacity}"
             )
     root = Path(root)
-    rules = LAYOUTS[layout]
     request = {"layout": layout, "train": train, "val": val, "size": size, "seed": seed, "renderer": VERSION}
     if rules.in_tars:
         request["per_tar"] = per_tar
@@ -168,7 +172,7 @@ def write_tree(
         for split, count in zip(_SPLITS, (train, val), strict=True)
         for number, seeds in enumerate(_seeds(split, count, seed, per_tar if rules.in_tars else 1))
     ]
-    lists = rules.lists(train, val)
+    lists = rules.lists(groups)
     files = len(lists) + sum(len(rules.paths(group)) for group in groups)
 
     finished, begun = root / "scenes.json", root / "scenes.partial.json"
@@ -177,11 +181,11 @@ def write_tree(
         if finished.exists():
             return TreeSummary(root, layout, train, val, files, written=0)
     else:
-        _place(begun, json.dumps(request, indent=2).encode())
+        _write(begun, json.dumps(request, indent=2).encode())
     missing = [group for group in groups if not all((root / path).exists() for path in rules.paths(group))]
     written = len(lists) + sum(_write_groups(layout, root, missing, workers))
     for path, text in lists.items():
-        _place(root / path, text.encode())
+        _write(root / path, text.encode())
     os.replace(begun, finished)
     return TreeSummary(root, layout, train, val, files, written)
 
@@ -190,7 +194,7 @@ def _check_same(root: Path, record: Path, request: dict[str, object]) -> None:
     """Refuses a folder that was not begun with the same request."""
     if not record.exists():
         raise ValueError(f"{root} is not empty and holds no rendered tree; choose an empty or new folder")
-    found = json.loads(record.read_text())
+    found = read_json(record)
     if found != request:
         raise ValueError(
             f"{root} holds another rendered tree: {json.dumps(found)}, asked for was {json.dumps(request)}; "
@@ -217,16 +221,13 @@ def _write_groups(layout: str, root: Path, groups: list[_Group], workers: int) -
 def _write_group(layout: str, root: Path, group: _Group) -> int:
     paths = LAYOUTS[layout].paths(group)
     for path, content in zip(paths, LAYOUTS[layout].contents(group), strict=True):
-        _place(root / path, content)
+        _write(root / path, content)
     return len(paths)
 
 
-def _place(path: Path, content: bytes) -> None:
-    """Writes a file aside, under a name that no loader looks for, and moves it into place."""
+def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_bytes(content)
-    os.replace(aside, path)
+    write_atomic(path, lambda file: file.write(content))
 
 
 # --------------------------------------------------------------------------- pixels to bytes
@@ -251,20 +252,18 @@ def _scene(group: _Group, resolution: tuple[int, int] | None = None) -> Scene:
 
 
 def _jpeg(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=95)
-    return buffer.getvalue()
+    return _encode(image, "JPEG", quality=95)
 
 
 def _png(image: np.ndarray) -> bytes:
     """uint8 [H, W] or [H, W, 3], or uint16 [H, W] at its full depth."""
+    return _encode(image, "PNG", compress_level=1)
+
+
+def _encode(image: np.ndarray, image_format: str, **options: int) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
+    Image.fromarray(image).save(buffer, image_format, **options)
     return buffer.getvalue()
-
-
-def _millimetres(depth: np.ndarray) -> np.ndarray:
-    return np.rint(depth * 1000).astype(np.uint16)
 
 
 def _sparse_depth(depth: np.ndarray, seed: int) -> np.ndarray:
@@ -301,27 +300,24 @@ def _tar(members: Iterable[tuple[str, bytes]]) -> bytes:
 
 
 def _imagenet_tar_paths(group: _Group) -> tuple[str, ...]:
-    if group.split == "train":
-        return (f"imagenet1k-train-{group.number:04d}.tar",)
-    return (f"imagenet1k-validation-{group.number:02d}.tar",)
+    name = f"train-{group.number:04d}" if group.split == "train" else f"validation-{group.number:02d}"
+    return (f"imagenet1k-{name}.tar",)
 
 
 def _imagenet_tar_contents(group: _Group) -> tuple[bytes, ...]:
-    def members() -> Iterator[tuple[str, bytes]]:
-        for seed in group.seeds:
-            scene = render(seed, group.size)
-            key = f"{LABEL_NAMES[scene.label]}_{seed % _SEEDS_PER_SPLIT:08d}"
-            about = {
-                "filename": f"{key}.jpg",
-                "label": scene.label,
-                "width": group.size,
-                "height": group.size,
-            }
-            yield f"{key}.jpg", _jpeg(scene.image)
-            yield f"{key}.cls", str(scene.label).encode()
-            yield f"{key}.json", json.dumps(about).encode()
+    members = []
+    for seed in group.seeds:
+        scene = render(seed, group.size)
+        key = f"{LABEL_NAMES[scene.label]}_{seed % _SEEDS_PER_SPLIT:08d}"
+        about = {"filename": f"{key}.jpg", "label": scene.label, "width": group.size, "height": group.size}
+        members.append((f"{key}.jpg", _jpeg(scene.image)))
+        members.append((f"{key}.cls", str(scene.label).encode()))
+        members.append((f"{key}.json", json.dumps(about).encode()))
+    return (_tar(members),)
 
-    return (_tar(members()),)
+
+def _imagenet_tar_lists(groups: list[_Group]) -> dict[str, str]:
+    return {"_info.json": _tar_info([(group, _imagenet_tar_paths(group)[0]) for group in groups])}
 
 
 def _web_tar_paths(group: _Group) -> tuple[str, ...]:
@@ -344,6 +340,26 @@ def _web_tar_contents(group: _Group) -> tuple[bytes, ...]:
     return _tar(images), json.dumps(statistics).encode()
 
 
+def _web_tar_lists(groups: list[_Group]) -> dict[str, str]:
+    tars = [(group, _web_tar_paths(group)[0].removeprefix("tars/")) for group in groups]
+    return {"tars/_info.json": _tar_info(tars)}
+
+
+def _tar_info(tars: list[tuple[_Group, str]]) -> str:
+    """What timm's reader of tars asks for: the tars of each split, and how many images each holds."""
+    splits = {}
+    for split, name in zip(_SPLITS, ("train", "validation"), strict=True):
+        lengths = {path: len(group.seeds) for group, path in tars if group.split == split}
+        if lengths:
+            splits[name] = {
+                "name": name,
+                "num_samples": sum(lengths.values()),
+                "filenames": list(lengths),
+                "shard_lengths": list(lengths.values()),
+            }
+    return json.dumps({"splits": splits}, indent=2) + "\n"
+
+
 def _imagenet_folder_paths(group: _Group) -> tuple[str, ...]:
     return (f"{group.split}/{LABEL_NAMES[label_of(group.seed)]}/{group.split}_{group.number:08d}.JPEG",)
 
@@ -360,7 +376,8 @@ def _nyuv2_paths(group: _Group) -> tuple[str, ...]:
 
 def _nyuv2_contents(group: _Group) -> tuple[bytes, ...]:
     scene = _scene(group, _NYUV2_SIZE)
-    return _jpeg(scene.image), _png(_millimetres(scene.depth))
+    millimeters = np.rint(scene.depth * 1000).astype(np.uint16)
+    return _jpeg(scene.image), _png(millimeters)
 
 
 def _kitti_paths(group: _Group) -> tuple[str, ...]:
@@ -382,29 +399,20 @@ def _ade20k_paths(group: _Group) -> tuple[str, ...]:
     return f"images/{name}.jpg", f"annotations/{name}.png"
 
 
-def _ade20k_contents(group: _Group) -> tuple[bytes, ...]:
-    scene = _scene(group)
-    return _jpeg(scene.image), _png(_labels(scene.semantics, ADE20K_VALUES))
-
-
-def _pascal_name(split: str, number: int) -> str:
-    return f"{'2008' if split == 'train' else '2009'}_{number:06d}"
+def _pascal_name(group: _Group) -> str:
+    return f"{'2008' if group.split == 'train' else '2009'}_{group.number:06d}"
 
 
 def _pascal_paths(group: _Group) -> tuple[str, ...]:
-    name = _pascal_name(group.split, group.number)
-    return f"JPEGImages/{name}.jpg", f"SegmentationClass/{name}.png"
+    return f"JPEGImages/{_pascal_name(group)}.jpg", f"SegmentationClass/{_pascal_name(group)}.png"
 
 
-def _pascal_contents(group: _Group) -> tuple[bytes, ...]:
-    scene = _scene(group)
-    return _jpeg(scene.image), _png(_labels(scene.semantics, PASCAL_VALUES))
-
-
-def _pascal_lists(train: int, val: int) -> dict[str, str]:
+def _pascal_lists(groups: list[_Group]) -> dict[str, str]:
     return {
-        f"ImageSets/Segmentation/{split}.txt": "".join(f"{_pascal_name(split, n)}\n" for n in range(count))
-        for split, count in zip(_SPLITS, (train, val), strict=True)
+        f"ImageSets/Segmentation/{split}.txt": "".join(
+            f"{_pascal_name(group)}\n" for group in groups if group.split == split
+        )
+        for split in _SPLITS
     }
 
 
@@ -416,18 +424,26 @@ def _loveda_paths(group: _Group) -> tuple[str, ...]:
     return f"{folder}/images_png/{name}", f"{folder}/masks_png/{name}"
 
 
-def _loveda_contents(group: _Group) -> tuple[bytes, ...]:
+def _with_mask(values: np.ndarray, encode: Callable[[np.ndarray], bytes], group: _Group) -> tuple[bytes, ...]:
     scene = _scene(group)
-    return _png(scene.image), _png(_labels(scene.semantics, LOVEDA_VALUES))
+    return encode(scene.image), _png(_labels(scene.semantics, values))
 
 
 LAYOUTS = {
-    "imagenet-tars": Layout(_imagenet_tar_paths, _imagenet_tar_contents, in_tars=True),
-    "web-tars": Layout(_web_tar_paths, _web_tar_contents, in_tars=True, capacity=(_SEEDS_PER_SPLIT, 0)),
+    "imagenet-tars": Layout(
+        _imagenet_tar_paths, _imagenet_tar_contents, in_tars=True, lists=_imagenet_tar_lists
+    ),
+    "web-tars": Layout(
+        _web_tar_paths,
+        _web_tar_contents,
+        in_tars=True,
+        capacity=(_SEEDS_PER_SPLIT, 0),
+        lists=_web_tar_lists,
+    ),
     "imagenet-folders": Layout(_imagenet_folder_paths, _imagenet_folder_contents),
     "nyuv2": Layout(_nyuv2_paths, _nyuv2_contents),
     "kitti": Layout(_kitti_paths, _kitti_contents, capacity=tuple(len(_KITTI_FRAMES[s]) for s in _SPLITS)),
-    "ade20k": Layout(_ade20k_paths, _ade20k_contents),
-    "pascal": Layout(_pascal_paths, _pascal_contents, lists=_pascal_lists),
-    "loveda": Layout(_loveda_paths, _loveda_contents, capacity=(2 * 1156, 2 * 677)),
+    "ade20k": Layout(_ade20k_paths, partial(_with_mask, ADE20K_VALUES, _jpeg)),
+    "pascal": Layout(_pascal_paths, partial(_with_mask, PASCAL_VALUES, _jpeg), lists=_pascal_lists),
+    "loveda": Layout(_loveda_paths, partial(_with_mask, LOVEDA_VALUES, _png), capacity=(2 * 1156, 2 * 677)),
 }

@@ -1,4 +1,4 @@
-"""Rendered scenes: exact geometry, labels, no shortcuts through colour; and the trees written from them."""
+"""Rendered scenes: exact geometry, labels, no shortcuts through color; and the trees written from them."""
 
 import io
 import json
@@ -15,18 +15,21 @@ from PIL import Image
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from timm.data.readers import create_reader
 
 from pixio.synthetic import scenes
 from pixio.synthetic import trees as scene_trees
-from pixio.synthetic.scenes import CLASS_NAMES, LABEL_NAMES, Primitive, World, compose, label_of, render
+from pixio.synthetic.appearance import dress
+from pixio.synthetic.scenes import CLASS_NAMES, LABEL_NAMES, label_of, render
 from pixio.synthetic.trees import KITTI_DEPTH_SCALE, LAYOUTS, write_tree
+from pixio.synthetic.world import Primitive, World, compose
 
 # --------------------------------------------------------------------------- the scene
 
 
 def signed_distance(primitive: Primitive, points: np.ndarray) -> np.ndarray:
     """Positive outside, about the distance near the surface [N]; float64 points [N, 3]."""
-    x, y, z = (points - primitive.centre).T
+    x, y, z = (points - primitive.center).T
     along = math.cos(primitive.yaw) * x + math.sin(primitive.yaw) * y
     across = math.cos(primitive.yaw) * y - math.sin(primitive.yaw) * x
     radius, ring, half_height = primitive.half[0], np.hypot(x, y), primitive.half[2]
@@ -53,7 +56,7 @@ def surface_distances(world: World, points: np.ndarray) -> np.ndarray:
 
 
 def pixel_rays(world: World, height: int, width: int) -> np.ndarray:
-    """Rays through pixel centres, 1 long along the optical axis [H * W, 3]."""
+    """Rays through pixel centers, 1 long along the optical axis [H * W, 3]."""
     half = math.tan(world.camera.field_of_view / 2)
     rows, columns = np.mgrid[:height, :width]
     side = max(height, width)
@@ -92,7 +95,7 @@ def test_light_reaches_exactly_what_no_primitive_hides(seed):
     scene, world = render(seed, 48), compose(seed)
     depth = scene.depth.reshape(-1, 1).astype(np.float64)
     points = world.camera.position + depth * pixel_rays(world, 48, 48)
-    look = scenes._dress(np.random.default_rng(seed), world)
+    look = dress(np.random.default_rng(seed), world)
     for light in look.lights:
         position = light.positions[0]
         reached = scenes._View(world, look, 1.0)._reaches(position, points.T.astype(np.float32))
@@ -105,7 +108,7 @@ def test_light_reaches_exactly_what_no_primitive_hides(seed):
 
 
 def test_another_size_shows_the_same_scene():
-    small, large = render(11, 32), render(11, 96)  # every third pixel centre coincides
+    small, large = render(11, 32), render(11, 96)  # every third pixel center coincides
     np.testing.assert_array_equal(small.semantics, large.semantics[1::3, 1::3])
     np.testing.assert_allclose(small.depth, large.depth[1::3, 1::3], rtol=1e-5)
 
@@ -130,9 +133,9 @@ def test_the_label_names_the_majority_and_its_support(seed):
     named = [p for p in world.primitives if p.kind == kind]
     assert 3 <= len(world.primitives) <= 8
     assert 2 * len(named) > len(world.primitives)
-    tops = [0.0] + [p.centre[2] + p.half[2] for p in world.primitives if p.kind in ("box", "cylinder")]
+    tops = [0.0] + [p.center[2] + p.half[2] for p in world.primitives if p.kind in ("box", "cylinder")]
     for primitive in named:
-        bottom = primitive.centre[2] - primitive.half[2]
+        bottom = primitive.center[2] - primitive.half[2]
         if support == "standing":
             assert min(abs(bottom - top) for top in tops) < 1e-6
         else:
@@ -150,7 +153,7 @@ def test_labels_are_balanced_and_every_class_is_seen():
 
 @pytest.fixture(scope="module")
 def patches():
-    """Patches of 16 x 16 pixels, 64 a scene: colours [P, 256, 3], majority class [P], mean log depth [P]."""
+    """Patches of 16 x 16 pixels, 64 a scene: colors [P, 256, 3], majority class [P], mean log depth [P]."""
     images, classes, depths = [], [], []
     for seed in range(160):
         scene = render(seed, 128)
@@ -162,27 +165,27 @@ def patches():
 
 
 def gain_over_majority(images: np.ndarray, classes: np.ndarray) -> float:
-    """Held-out accuracy of a probe of colour mean and deviation, minus the share of the commonest class."""
-    colours = np.concatenate([images.mean(1), images.std(1)], 1)
+    """Held-out accuracy of a probe of color mean and deviation, minus the share of the commonest class."""
+    colors = np.concatenate([images.mean(1), images.std(1)], 1)
     half = len(classes) // 2
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200))
-    probe.fit(colours[:half], classes[:half])
-    return probe.score(colours[half:], classes[half:]) - np.bincount(classes[half:]).max() / half
+    probe.fit(colors[:half], classes[:half])
+    return probe.score(colors[half:], classes[half:]) - np.bincount(classes[half:]).max() / half
 
 
-def test_patch_colours_do_not_give_the_class_away(patches):
+def test_patch_colors_do_not_give_the_class_away(patches):
     images, classes, _ = patches
     assert gain_over_majority(images, classes) < 0.03
     tinted = images + 0.1 * np.eye(3)[classes % 3][:, None]  # the probe would find a leak of this size
     assert gain_over_majority(tinted, classes) > 0.03
 
 
-def test_patch_colours_do_not_give_the_depth_away(patches):
+def test_patch_colors_do_not_give_the_depth_away(patches):
     images, _, depths = patches
-    colours = np.concatenate([images.mean(1), images.std(1)], 1)
+    colors = np.concatenate([images.mean(1), images.std(1)], 1)
     half = len(depths) // 2
-    fitted = LinearRegression().fit(colours[:half], depths[:half])
-    assert fitted.score(colours[half:], depths[half:]) < 0.05  # R2
+    fitted = LinearRegression().fit(colors[:half], depths[:half])
+    assert fitted.score(colors[half:], depths[half:]) < 0.05  # R2
 
 
 def test_bad_arguments_are_named():
@@ -232,6 +235,28 @@ def test_imagenet_tars_hold_image_class_and_json_of_each_key(tmp_path):
         assert json.loads(contents[f"{key}.json"])["label"] == int(contents[f"{key}.cls"])
 
 
+def test_timm_reads_imagenet_tars_by_their_info(tmp_path):
+    write_tree("imagenet-tars", tmp_path, 5, 3, 32, per_tar=2)
+    for split, count in (("train", 5), ("validation", 3)):
+        reader = create_reader("wds/", tmp_path, split=split)
+        labels = [label for _, label in reader]
+        assert len(reader) == len(labels) == count
+        assert sorted(labels) == list(range(count))
+
+
+def test_info_of_web_tars_names_them_and_counts_their_images(tmp_path):
+    files = written("web-tars", tmp_path)
+    (split,) = json.loads(files["tars/_info.json"])["splits"].values()
+    assert [len(members(files[f"tars/{name}"])) for name in split["filenames"]] == split["shard_lengths"]
+    assert split["num_samples"] == sum(split["shard_lengths"]) == 5
+
+
+@pytest.mark.parametrize(("layout", "expected"), [("web-tars", 0), ("kitti", 100), ("ade20k", 100)])
+def test_without_a_number_a_layout_holds_what_it_can(layout, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(scene_trees, "_write_groups", lambda *_: [])
+    assert write_tree(layout, tmp_path, 1, None, 16).val == expected
+
+
 def test_web_tars_come_with_statistics_of_every_member(tmp_path):
     files = written("web-tars", tmp_path)
     tars = matching(files, r"tars/\d{4}/\d+\.tar")
@@ -252,7 +277,7 @@ def test_imagenet_folders_name_the_class(tmp_path):
     assert len([name for name in names if name.startswith("val")]) == 3
 
 
-def test_nyuv2_depth_is_16_bit_millimetres_beside_480_x_640_images(tmp_path):
+def test_nyuv2_depth_is_16_bit_millimeters_beside_480_x_640_images(tmp_path):
     files = written("nyuv2", tmp_path)
     images = matching(files, r"sync/[^/]+/rgb_\d{5}\.jpg")
     assert len(images) == 5
