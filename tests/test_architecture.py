@@ -106,7 +106,7 @@ def test_the_package_imports_no_tree():
 def test_modules_are_short():
     for path in files("pixio", *TREES, "benchmarks", "assets", "tests"):
         lines = len(path.read_text().splitlines())
-        assert lines <= (800 if path.parent.name == "tests" else 450), f"{path.relative_to(ROOT)}: {lines}"
+        assert lines <= (900 if path.parent.name == "tests" else 450), f"{path.relative_to(ROOT)}: {lines}"
 
 
 def test_tests_and_benchmarks_import_without_changing_the_search_path():
