@@ -708,14 +708,15 @@ def test_images_that_cannot_be_read_are_left_out_of_a_cache(folder, tmp_path, ca
     assert damaged in failed[0]
 
 
-def test_a_damaged_tar_is_left_out_of_a_cache_and_named(folder, tmp_path):
+def test_complete_members_of_damaged_tars_are_cached_and_the_tars_named(folder, tmp_path):
     write_tree("imagenet-tars", tmp_path / "tars", 12, 0, size=64, per_tar=4)
-    os.truncate(tmp_path / "tars" / "imagenet1k-train-0001.tar", 5000)
+    os.truncate(tmp_path / "tars" / "imagenet1k-train-0001.tar", 5000)  # one image and a half
+    os.truncate(tmp_path / "tars" / "imagenet1k-train-0002.tar", 300)
     stream = open_stream("imagenet", str(tmp_path / "tars"), size=64, batch_size=5)
     teacher = load_teacher(PICO, str(folder / "teacher.pth"), ALONE.device, ALONE.dtype)
     images, _, failed = open_cache(tmp_path / "cache", stream, teacher, (4, 4), ALONE)
-    assert len(images) == 8
-    assert [line.split(":")[0] for line in failed] == ["imagenet1k-train-0001.tar"]
+    assert len(images) == 5
+    assert [line.split(":")[0] for line in failed] == [f"imagenet1k-train-000{i}.tar" for i in (1, 2)]
 
 
 def test_a_pass_over_a_cache_visits_every_image_once_on_any_number_of_ranks():
