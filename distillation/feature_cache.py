@@ -129,6 +129,8 @@ def open_cache(
             f"--feature_cache {folder} is of an earlier version: choose another folder, or remove this one"
         )
     index = index_shards(stream.shards, PART, skip_damaged=True)
+    if not index.parts:
+        raise ValueError(f"no tar can be read, the first is {index.damaged[0]}")
     settings = {
         "teacher": teacher.fingerprint,
         "precision": str(runtime.dtype),
@@ -140,8 +142,6 @@ def open_cache(
     spec = TeacherTokens(stream.size, stream.size, grid)
     errors = store.fill(FeatureExtractor(teacher, spec, runtime, stream.batch_size, workers)).errors
     cache = Cache(store.array("images"), store.array("tokens"), [*index.damaged, *errors])
-    if not cache.images:
-        raise ValueError(f"no image can be read, the first is {cache.failed[0]}")
     if cache.failed and runtime.is_main:
         print(
             f"{folder}: {len(cache.failed)} images or tars cannot be read and are left out, "

@@ -126,6 +126,8 @@ def open_bank(split: LabeledFolder, folder: Path, extractor: FeatureExtractor, i
         "images": split.digest,
         **asdict(extractor.spec),
     }
+    if extractor.runtime.is_main and (old := sorted(folder.glob("*/part_00000.npy"))):
+        print(f"{old[0].parent} has features of an earlier version, which are not used: remove it")
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     parts = index_shards(split.shards, PART).parts
     store = FeatureStore(folder / f"{split.root.name}_{digest[:16]}", split.shards, parts, settings)

@@ -1,11 +1,17 @@
 """Features of many images on disk."""
 
+import errno
+import hashlib
 import io
 import json
+import os
+import shutil
 import tarfile
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -20,6 +26,7 @@ from pixio.features import (
     FeatureExtractor,
     FeatureStore,
     TokenFeatures,
+    extraction,
     find_images,
     write_file,
     write_folder,
@@ -271,6 +278,79 @@ def test_unreadable_images_are_reported_and_the_others_stored(folder, encoder, t
     assert len(np.load(tmp_path / "out/part_000000.embedding.npy")) == len(SIZES)
     lines = [json.loads(line) for line in (tmp_path / "out/index.jsonl").read_text().splitlines()]
     assert [line.get("row") for line in lines] == [None, 0, 1, 2, 3, 4]
+
+
+def test_a_folder_of_images_that_cannot_be_read_is_an_error_that_names_one(encoder, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=r"none of 1 images can be read, the first is .*bad\.png"):
+        write_folder(tmp_path / "out", extractor(encoder), find_images([str(tmp_path / "bad.png")]))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_names_that_are_not_utf8_are_escaped_alike_in_index_and_arrays(format, folder, encoder, tmp_path):
+    name = os.path.join(os.fsencode(tmp_path), b"caf\xe9.png")
+    with open(name, "wb") as file:
+        file.write((folder / "0.png").read_bytes())
+    write_folder(tmp_path / "out", extractor(encoder), find_images([os.fsdecode(name)]), format)
+    (line,) = (tmp_path / "out/index.jsonl").read_text("ascii").splitlines()
+    assert json.loads(line)["image"] == f"{tmp_path}/caf\\xe9.png"
+    if format == "safetensors":
+        assert f"{tmp_path}/caf\\xe9.png/embedding" in read(tmp_path / "out")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
+    format, folder, encoder, tmp_path, monkeypatch
+):
+    def refuse(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run, shards, fsync = extractor(encoder), find_images([str(folder)]), os.fsync
+    write_part = FeatureStore._write
+    monkeypatch.setattr(
+        FeatureStore, "_write", lambda *part: (monkeypatch.setattr(os, "fsync", refuse), write_part(*part))
+    )
+    with pytest.raises(ValueError, match=r"cannot write .*part_000000.*No space left on device .* free"):
+        write_folder(tmp_path, run, shards, format, per_file=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
+    monkeypatch.setattr(FeatureStore, "_write", write_part)
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert write_folder(tmp_path, run, shards, format, per_file=2) == (len(SIZES), 0, [])
+
+
+def test_a_disk_without_room_for_all_arrays_is_refused_before_the_first_part(
+    folder, encoder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1500))
+    with pytest.raises(ValueError, match=r"cannot write .* \(1,600 bytes needed, 1,500 bytes free\)"):
+        write_folder(tmp_path, extractor(encoder), find_images([str(folder)]), "npy", per_file=2)
+
+
+def test_workers_with_little_shared_memory_send_images_through_pipes(folder, encoder, tmp_path, monkeypatch):
+    shards = find_images([str(folder)])
+    write_folder(tmp_path / "one", extractor(encoder, workers=1), shards)
+    monkeypatch.setattr(extraction, "_SHARED_BYTES", 2**60)
+    write_folder(tmp_path / "two", extractor(encoder, workers=1), shards)
+    for name, array in read(tmp_path / "one").items():
+        assert torch.equal(read(tmp_path / "two")[name], array)
+
+
+def test_folders_written_by_the_first_version_are_completed(folder, encoder, tmp_path, monkeypatch):
+    class Part(NamedTuple):  # as it was called, and hashed by its repr
+        shard: int
+        start: int
+        stop: int
+
+    shards = find_images([str(folder)])
+    write_folder(tmp_path, extractor(encoder), shards, per_file=2)
+    images = repr(([shards[0].files], [Part(0, 0, 2), Part(0, 2, 4), Part(0, 4, 5)]))
+    weights = hashlib.sha256(b"".join(value.numpy().tobytes() for value in encoder.state_dict().values()))
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert settings["images"] == hashlib.sha256(images.encode()).hexdigest()
+    assert settings["weights"] == weights.hexdigest()
+    for name in ("part_000001.safetensors", "part_000001.jsonl", "index.jsonl"):
+        (tmp_path / name).unlink()
+    assert write_folder(tmp_path, extractor(encoder), shards, per_file=2) == (2, 3, [])
 
 
 def test_one_file_of_a_few_images_holds_all_of_them_or_is_not_written(folder, encoder, tmp_path):

@@ -343,6 +343,15 @@ def test_an_empty_weight_file_means_random_weights_and_old_launchers_flags_are_a
     assert metrics(run(data, tmp_path / "one", *flags)) == metrics(run(data, tmp_path / "two"))
 
 
+def test_features_of_an_earlier_version_are_named_as_unused(data, tmp_path, capsys):
+    (tmp_path / "out/features/train_0").mkdir(parents=True)
+    (tmp_path / "out/features/train_0/part_00000.npy").write_bytes(b"")
+    run(data, tmp_path / "out")
+    assert (
+        "train_0 has features of an earlier version, which are not used: remove it" in capsys.readouterr().out
+    )
+
+
 def test_patch_14_sees_a_multiple_of_14(data, tmp_path):
     flags = ["--model", "timm/test_vit", "--input_size", "40"]
     assert run(data, tmp_path / "out", *flags)["input"] == {"resize": 40, "crop": 32}

@@ -6,7 +6,6 @@
 #   hardware   16 nodes x 8 GPUs of 80 GB under SLURM; fewer: keep 8,192 images per step with --accum_iter
 #   hours      not measured here; 642,000 steps (400 x 1,605, as released; the paper says 500,000)
 #   expect     released models, k-NN / NYUv2 DPT RMSE: 1B 66.4 / 0.247, H 63.2 / 0.268 (paper)
-# The losses are our choice: cosine for class and patch tokens, averaged.
 # Further flags are passed on, and the last one wins: … --partition gpu --account mine --epochs 100
 # The same command resumes a run that has ended early, with logs of every attempt in its folder exp/….
 set -euo pipefail

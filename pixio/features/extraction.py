@@ -10,6 +10,7 @@ import glob
 import hashlib
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -17,10 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from pixio.data.loader import SHARED_MEMORY
 from pixio.data.shards import FOLDER_CHUNK, FolderShard, Shard, TarShard
 from pixio.engine.runtime import Runtime
 from pixio.images.crops import resize_center_crop
@@ -31,6 +34,7 @@ from pixio.images.normalization import normalize
 
 ARRAYS = ("patch_tokens", "embedding", "cls_tokens", "mean_patch")
 Arrays = dict[str, Tensor]
+_SHARED_BYTES = 2**30  # of shared memory, enough for what workers hold ready
 
 
 # ---------------------------------------------------------------------------------------- what is computed
@@ -197,7 +201,7 @@ def index_shards(shards: Sequence[Shard], size: int, skip_damaged: bool = False)
         except DamagedDataError as error:
             damaged.append(f"{shard.name}: {error}")
             if not skip_damaged:
-                raise DamagedDataError(damaged[0]) from error
+                raise DamagedDataError(damaged[-1]) from error
         parts += ShardRange(number, 0, len(entries)).split(size)
         digest.update(f"{shard.name} {entries}\n".encode(errors="surrogateescape"))
     return ShardIndex(parts, damaged, digest.hexdigest())
@@ -216,7 +220,8 @@ class _Piece(NamedTuple):
     """What a worker process made of a piece of a part."""
 
     images: list[ImageRecord]
-    batches: list[tuple[list[int], Tensor]]  # entries of one input size, and their uint8 [B, 3, H, W]
+    # Entries of one input size, and their uint8 [B, 3, H, W]
+    batches: list[tuple[list[int], Tensor]] | list[tuple[list[int], np.ndarray]]
 
 
 class _Pieces(Dataset):
@@ -224,6 +229,10 @@ class _Pieces(Dataset):
 
     def __init__(self, shards: Sequence[Shard], pieces: Sequence[ShardRange], spec: FeatureSpec):
         self.shards, self.pieces, self.spec = shards, pieces, spec
+        # Tensors of workers lie in shared memory, of which containers have 64 MB; arrays go through pipes.
+        self.through_pipes = (
+            os.path.isdir(SHARED_MEMORY) and shutil.disk_usage(SHARED_MEMORY).free < _SHARED_BYTES
+        )
         self._opened: int | None = None
         self._stack = ExitStack()
 
@@ -240,7 +249,8 @@ class _Pieces(Dataset):
         images: list[ImageRecord] = []
         groups: dict[torch.Size, tuple[list[int], list[Tensor]]] = {}
         for place, entry in enumerate(self._source.entries[start:stop], start):
-            name = f"{prefix}{entry.key}"
+            # what is not UTF-8 is escaped: no file format and few terminals take it
+            name = os.fsencode(f"{prefix}{entry.key}").decode(errors="backslashreplace")
             try:
                 pixels, size = self.spec.pixels(self._source.read(entry))
             except (DamagedDataError, OSError) as error:
@@ -250,7 +260,10 @@ class _Pieces(Dataset):
             numbers, group = groups.setdefault(pixels.shape, ([], []))
             numbers.append(place)
             group.append(pixels)
-        return _Piece(images, [(numbers, torch.stack(group)) for numbers, group in groups.values()])
+        batches = [(numbers, torch.stack(group)) for numbers, group in groups.values()]
+        if self.through_pipes:
+            batches = [(numbers, pixels.numpy()) for numbers, pixels in batches]
+        return _Piece(images, batches)
 
 
 class FeatureExtractor:
@@ -301,6 +314,7 @@ class FeatureExtractor:
                 piece = next(read)
                 images += piece.images
                 for numbers, pixels in piece.batches:
+                    pixels = torch.as_tensor(pixels)
                     if held := waiting.pop(pixels.shape[1:], None):
                         numbers, pixels = held[0] + numbers, torch.cat([held[1], pixels])
                     whole = len(numbers) // self.batch_size * self.batch_size

@@ -12,7 +12,6 @@ import bisect
 import hashlib
 import itertools
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -25,9 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pixio.data.shards import FOLDER_CHUNK, FolderShard, Shard
-from pixio.engine.runtime import GIB
 from pixio.features.extraction import Arrays, FeatureExtractor, ImageRecord, ShardRange, index_shards
-from pixio.files import read_json, write_atomic, write_json, write_text
+from pixio.files import read_json, remove_leftovers, require_free, write_atomic, write_json, write_text
 
 FORMATS = ("safetensors", "npy")  # layouts of `write_folder`
 INDEX, SETTINGS = "index.jsonl", "settings.json"
@@ -169,15 +167,19 @@ class FeatureStore:
                 images, arrays = next(computed)
                 if strict:
                     _refuse_unreadable(images)
-                if done == 0 and self.layout != "safetensors":
-                    self._check_space(arrays, _count([self.parts[number] for number in missing]))
+                if done == 0 and self.layout != "safetensors":  # else sizes differ
+                    size = sum(array.nbytes for array in next(iter(arrays.values()), {}).values())
+                    require_free(self.folder / INDEX, size * _count([self.parts[part] for part in missing]))
                 self._write(ours[done], images, arrays)
                 bar.update(len(images))
 
             for done in range(-(-len(missing) // runtime.world_size)):
                 runtime.agree(partial(write_next, done))
-        errors = runtime.gather(self._write_index(bool(missing)) if runtime.is_main else None)[0]
+        errors = runtime.agree(partial(self._write_index, bool(missing)) if runtime.is_main else list)
+        errors = runtime.gather(errors)[0]
         n_computed = _count([self.parts[number] for number in missing])
+        if errors and len(errors) == _count(self.parts):
+            raise ValueError(f"none of {len(errors)} images can be read, the first is {errors[0]}")
         return Summary(n_computed, _count(self.parts) - n_computed, errors)
 
     def array(self, name: str) -> "StoredArray":
@@ -194,8 +196,7 @@ class FeatureStore:
                 "choose another folder, or remove this one"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".part_*.tmp"):  # of a process killed while writing
-            leftover.unlink()
+        remove_leftovers(self.folder, "part_*")
         write_json(path, self.settings)
         suffixes = ("jsonl",) if self.layout == "npy" else ("jsonl", "safetensors")
         return [
@@ -203,13 +204,6 @@ class FeatureStore:
             for number in range(len(self.parts))
             if not all(self._path(number, suffix).exists() for suffix in suffixes)
         ]
-
-    def _check_space(self, arrays: dict[int, Arrays], n_images: int) -> None:
-        """Refuse a disk without space for `n_images` such as those of `arrays`, which have one size."""
-        per_image = sum(array.nbytes for array in next(iter(arrays.values()), {}).values())
-        needed, free = n_images * per_image, shutil.disk_usage(self.folder).free
-        if needed > free:
-            raise ValueError(f"{self.folder}: {needed / GIB:.1f} GiB needed, {free / GIB:.1f} GiB free")
 
     def _write(self, number: int, images: list[ImageRecord], arrays: dict[int, Arrays]) -> None:
         """Write the arrays of a part, and then the index that says that it is complete."""
