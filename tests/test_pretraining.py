@@ -271,6 +271,20 @@ def test_mistakes_are_one_clear_line_and_write_nothing(tmp_path, capsys, flags, 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_report_that_cannot_be_written_does_not_end_training(trees, tmp_path, capsys):
+    (tmp_path / "data_report.json").mkdir()
+    run(*trees["folder"], "--output_dir", tmp_path)
+    assert checkpoint_of(tmp_path)["step"] == 6
+    assert "training continues without data_report.json" in capsys.readouterr().err
+
+
+def test_a_configuration_that_cannot_be_written_ends_the_run_at_its_start(trees, tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(SystemExit, match=r"config\.json"):
+        run(*trees["folder"], "--output_dir", tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_another_model_is_not_resumed_into_a_folder(trees, tmp_path):
     run(*trees["folder"], "--output_dir", tmp_path)
     with pytest.raises(SystemExit, match="n_cls_tokens 8, not 4: choose another --output_dir"):

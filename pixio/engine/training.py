@@ -1,6 +1,7 @@
 """What training programs share: options (with the release's flag names), start, log, saves and resuming."""
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -167,21 +168,29 @@ def run_program(
 
 
 def start_log(config: TrainConfig, runtime: Runtime, start_step: int) -> Log:
-    """Open the run's log and write the resolved configuration beside its results."""
-    if runtime.is_main:
-        output = Path(config.output_dir)
-        output.mkdir(parents=True, exist_ok=True)
-        save_config(config, output / "config.json")
-    return Log(
-        config.log_dir or config.output_dir,
-        config.total_steps,
-        runtime.is_main,
-        start_step=start_step,
-        every=config.log_freq,
-        tensorboard=config.tensorboard,
-        wandb=config.wandb,
-        config=asdict(config),
-    )
+    """Collective: open the run's log and write the resolved configuration beside its results.
+
+    Raises:
+        ValueError: on every rank, when a file cannot be made or a library for the log is not installed.
+    """
+
+    def start() -> Log:
+        if runtime.is_main:
+            output = Path(config.output_dir)
+            output.mkdir(parents=True, exist_ok=True)
+            save_config(config, output / "config.json")
+        return Log(
+            config.log_dir or config.output_dir,
+            config.total_steps,
+            runtime.is_main,
+            start_step=start_step,
+            every=config.log_freq,
+            tensorboard=config.tensorboard,
+            wandb=config.wandb,
+            config=asdict(config),
+        )
+
+    return runtime.agree(start)
 
 
 def save_run(
@@ -213,7 +222,10 @@ def save_run(
     checkpoints.save(step, state, exports, wait)
     reports = runtime.gather(loader.report())
     if runtime.is_main:
-        write_json(Path(config.output_dir) / "data_report.json", reports)
+        try:
+            write_json(Path(config.output_dir) / "data_report.json", reports)
+        except OSError as error:
+            print(f"training continues without data_report.json: {error}", file=sys.stderr, flush=True)
 
 
 def save_when_due(
