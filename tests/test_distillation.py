@@ -391,9 +391,9 @@ def masks_of(folder: Path, output: Path, monkeypatch, *flags: str) -> list[list[
     keeps = []
     forward = Student.forward
 
-    def watched(self, images, keep=None):
-        keeps.append([set(row) for row in keep.tolist()])
-        return forward(self, images, keep)
+    def watched(self, images, ids_keep=None):
+        keeps.append([set(row) for row in ids_keep.tolist()])
+        return forward(self, images, ids_keep)
 
     monkeypatch.setattr(Student, "forward", watched)
     run(folder, *flags, "--mask_grid 1 --epochs 1 --iter_per_epoch 1 --output_dir", output)

@@ -1,6 +1,10 @@
 """The encoder: sizes, initialization, the features contract, and two independent oracles."""
 
+import functools
+
 import pytest
+import timm
+import timm.optim
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from transformers import PixioConfig, PixioModel
@@ -71,10 +75,13 @@ def test_initialization_has_the_stated_statistics():
         assert weight.abs().max() <= bound
         assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.01)
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
+        if name.endswith("bias") and name != "patch_embed.proj.bias":
             assert parameter.eq(0).all(), name
         if "norm" in name and name.endswith("weight"):
             assert parameter.eq(1).all(), name
+    bias, bound = model.patch_embed.proj.bias, 768**-0.5  # torch's default of Conv2d, as in MAE
+    assert bias.abs().max() <= bound
+    assert bias.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
     assert model.cls_token.std().item() == pytest.approx(0.02, rel=0.05)
     assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.02)
 
@@ -226,7 +233,7 @@ def test_keeping_all_patches_in_another_order_only_permutes_the_patch_tokens():
     model = random_encoder()
     images = torch.randn(2, 3, 64, 96)
     order = torch.stack([torch.randperm(24) for _ in range(2)])
-    whole, permuted = model(images, [-1])[0], model(images, [-1], keep=order)[0]
+    whole, permuted = model(images, [-1])[0], model(images, [-1], ids_keep=order)[0]
     torch.testing.assert_close(permuted["cls_tokens"], whole["cls_tokens"])
     expected = whole["patch_tokens"].gather(1, order.unsqueeze(-1).expand(-1, -1, 48))
     torch.testing.assert_close(permuted["patch_tokens"], expected)
@@ -241,6 +248,54 @@ def test_stochastic_depth_grows_linearly_and_keeps_the_mean():
     assert out.unique().tolist() == pytest.approx([0.0, 1 / 0.6])
     assert out.mean().item() == pytest.approx(1.0, abs=0.03)
     assert torch.equal(drop.eval()(torch.ones(4, 2, 2)), torch.ones(4, 2, 2))
+
+
+def test_the_patch_projection_has_the_attributes_of_the_released_model():
+    embed = pixio.PixioViT(**SMALL | {"img_size": (64, 96), "patch_size": 16}).patch_embed
+    assert (embed.patch_size, embed.img_size, embed.grid_size) == ((16, 16), (64, 96), (4, 6))
+    assert embed.num_patches == 24
+
+
+def test_norm_layer_is_accepted_where_it_is_the_one_of_the_weights():
+    norm_layer = functools.partial(torch.nn.LayerNorm, eps=1e-6)
+    assert pixio.pixio_vitfemto16(norm_layer=norm_layer).norm.eps == 1e-6
+    for other in (torch.nn.LayerNorm, torch.nn.BatchNorm1d, functools.partial(norm_layer, bias=False)):
+        with pytest.raises(ValueError, match=r"norm_layer gives .*trained with LayerNorm.*eps=1e-06"):
+            pixio.pixio_vitfemto16(norm_layer=other)
+
+
+def test_no_block_asked_for_is_no_features():
+    assert random_encoder()(torch.randn(1, 3, 64, 64), block_ids=[]) == []
+
+
+def test_timms_layer_decay_groups_the_parameters_as_those_of_its_own_vit():
+    layer_decay = timm.optim.param_groups_layer_decay
+    scales = {}
+    for model in (pixio.pixio_vitti16(), timm.create_model("vit_tiny_patch16_224", num_classes=0)):
+        names_of = {parameter: name for name, parameter in model.named_parameters()}
+        groups = layer_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.75)
+        scales[type(model)] = {
+            names_of[parameter]: (group["lr_scale"], group["weight_decay"])
+            for group in groups
+            for parameter in group["params"]
+        }
+    ours, theirs = scales.values()
+    assert ours == theirs
+    assert len({scale for scale, _ in ours.values()}) == 13
+
+
+@pytest.mark.parametrize("switch", ["set_grad_checkpointing", "gradient_checkpointing_enable"])
+def test_activation_checkpointing_is_switched_on_by_the_fields_names(switch):
+    model, images = random_encoder().train(), torch.randn(2, 3, 64, 64)
+    model(images, [-1])[0]["cls_tokens_norm"].square().mean().backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    getattr(model, switch)()
+    calls = []
+    model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    model(images, [-1])[0]["cls_tokens_norm"].square().mean().backward()
+    assert len(calls) == 2  # forward, and again in the backward pass
+    torch.testing.assert_close([parameter.grad for parameter in model.parameters()], expected)
 
 
 def test_encoder_compiles_without_graph_breaks():

@@ -4,7 +4,8 @@ Letters: B images, H x W pixels, p patch size, N = H/p * W/p patches, C class to
 D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +29,14 @@ class PixioViT(nn.Module):
         mlp_ratio: hidden width of the MLP / D.
         n_cls_tokens: number of class tokens C.
         drop_path: stochastic depth rate of the last block; it grows linearly from 0 at the first.
+        norm_layer: for code that names it, as in `partial(nn.LayerNorm, eps=1e-6)`; there is no other choice.
 
     Attributes:
-        grad_checkpointing: set it to True to recompute the blocks in the backward pass instead of keeping
-            their activations: less memory, about a third more time.
+        grad_checkpointing: activation checkpointing per block: less memory, about a third more time.
 
     Raises:
-        ValueError: a size that the patch size does not divide, or a width that the heads do not divide.
+        ValueError: a size that the patch size does not divide, a width that the heads do not divide, or
+            another norm.
     """
 
     def __init__(
@@ -48,8 +50,12 @@ class PixioViT(nn.Module):
         mlp_ratio: float = 4.0,
         n_cls_tokens: int = 8,
         drop_path: float = 0.0,
+        norm_layer: Callable[[int], nn.Module] | None = None,
     ):
         super().__init__()
+        norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        if norm_layer is not None and str(found := norm_layer(embed_dim)) != str(norm):
+            raise ValueError(f"norm_layer gives {found}, but the weights were trained with {norm}")
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         self.patch_size = patch_size
         self.in_chans = in_chans
@@ -60,13 +66,13 @@ class PixioViT(nn.Module):
         self.grid = self.grid_of(*self.img_size)
         self.grad_checkpointing = False
 
-        n_positions = n_cls_tokens + self.grid[0] * self.grid[1]
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.patch_embed = PatchEmbed(self.img_size, patch_size, in_chans, embed_dim)
+        n_positions = n_cls_tokens + self.patch_embed.num_patches
         self.cls_token = nn.Parameter(torch.empty(1, n_cls_tokens, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, n_positions, embed_dim))
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, rate) for rate in rates)
-        self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.norm = norm
 
         if not self.pos_embed.is_meta:  # drawing there makes torch import its compiler, which takes a second
             self.apply(init_weights)
@@ -84,7 +90,7 @@ class PixioViT(nn.Module):
         return height // p, width // p
 
     def forward(
-        self, images: Tensor, block_ids: Sequence[int] | None = None, keep: Tensor | None = None
+        self, images: Tensor, block_ids: Sequence[int] | None = None, ids_keep: Tensor | None = None
     ) -> list[dict[str, Tensor]]:
         """Features after the blocks asked for; blocks beyond the last one asked for are not run.
 
@@ -92,20 +98,21 @@ class PixioViT(nn.Module):
             images: float [B, in_chans, H, W], RGB normalized with the ImageNet mean and standard deviation
                 (`pixio.transform`), H and W multiples of `patch_size`, rectangles allowed; or one image
                 [in_chans, H, W], a batch of one.
-            block_ids: 0-based blocks, negative ones counted from the end; None means all.
-            keep: int64 [B, V], patches to see, for masked training; None means all, V = N.
+            block_ids: 0-based blocks, negative ones counted from the end; None means all, [] runs none and
+                returns [].
+            ids_keep: int64 [B, V], patches to see, for masked training; None means all, V = N.
 
         Returns:
             One dict per block id, in the order asked: `patch_tokens` [B, V, D] and `cls_tokens` [B, C, D] as
             they leave the block, `patch_tokens_norm` and `cls_tokens_norm` after the final LayerNorm. Patches
-            go row by row, or in the order of `keep`. Mean over the class tokens = the recommended global
+            go row by row, or in the order of `ids_keep`. Mean over the class tokens = the recommended global
             embedding.
 
         Raises:
             ValueError: wrong image shape or an unknown block id.
         """
         wanted = self.resolve_blocks(block_ids)
-        x = self._embed(images, keep)  # [B, C + V, D]
+        x = self._embed(images, ids_keep)  # [B, C + V, D]
         outputs = {}
         for i, block in enumerate(self.blocks[: max(wanted, default=-1) + 1]):
             if self.grad_checkpointing and torch.is_grad_enabled():
@@ -185,14 +192,38 @@ class PixioViT(nn.Module):
             "cls_tokens_norm": normed[:, :c],
         }
 
-    def _embed(self, images: Tensor, keep: Tensor | None) -> Tensor:
+    # Hooks of fine-tuning code, by the names that timm and transformers gave them.
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimizers leave undecayed in fine-tuning (pre-training decays them)."""
+        return {"cls_token", "pos_embed"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Groups for timm's layer decay: the embeddings, each block, the final norm with the last block."""
+        with_previous = (99999,)  # timm's code for the group before
+        blocks = [(r"^blocks\.(\d+)", None), (r"^norm\.", with_previous)]
+        return {"stem": r"^(?:cls_token|pos_embed|patch_embed)", "blocks": blocks}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Turn activation checkpointing on or off, as timm's models do."""
+        self.grad_checkpointing = enable
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        """Turn activation checkpointing on, as transformers' models do; never the reentrant kind."""
+        self.grad_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Turn activation checkpointing off."""
+        self.grad_checkpointing = False
+
+    def _embed(self, images: Tensor, ids_keep: Tensor | None) -> Tensor:
         images = images[None] if images.ndim == 3 else images
         if images.ndim != 4 or images.shape[1] != self.in_chans:
             raise ValueError(f"images of shape {list(images.shape)}: expected [B, {self.in_chans}, H, W]")
         grid = self.grid_of(*images.shape[-2:])
         positions = resize_positions(self.pos_embed, self.n_cls_tokens, self.grid, grid)  # [1, C + N, D]
         patches = self.patch_embed(images) + positions[:, self.n_cls_tokens :]  # [B, N, D]
-        if keep is not None:
-            patches = patches.gather(1, keep.unsqueeze(-1).expand(-1, -1, self.embed_dim))  # [B, V, D]
+        if ids_keep is not None:
+            patches = patches.gather(1, ids_keep.unsqueeze(-1).expand(-1, -1, self.embed_dim))  # [B, V, D]
         cls = self.cls_token + positions[:, : self.n_cls_tokens]  # [1, C, D]
         return torch.cat([cls.expand(images.shape[0], -1, -1), patches], dim=1)  # [B, C + V, D]

@@ -14,10 +14,19 @@ NORM_EPS = 1e-6
 
 
 class PatchEmbed(nn.Module):
-    """Cut images into square patches and project each: [B, C, H, W] -> [B, N, D], patches row by row."""
+    """Cut images into square patches and project each: [B, C, H, W] -> [B, N, D], patches row by row.
 
-    def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
+    Attributes:
+        img_size, patch_size, grid_size: (rows, columns) of the native input in pixels, of a patch in pixels,
+            of the native grid in patches. num_patches: N of the native grid.
+    """
+
+    def __init__(self, img_size: tuple[int, int], patch_size: int, in_chans: int, embed_dim: int):
         super().__init__()
+        self.img_size = img_size
+        self.patch_size = (patch_size, patch_size)
+        self.grid_size = (img_size[0] // patch_size, img_size[1] // patch_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -90,13 +99,14 @@ class Block(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Initialise one layer as MAE does; use with `Module.apply`.
+    """Initialize one layer as MAE does; use with `Module.apply`.
 
-    Linear layers and the patch projection (seen as the matrix [D, C*p*p]) are Xavier-uniform with zero bias;
-    LayerNorm starts as the identity, which is torch's default.
+    Linear layers and the patch projection (seen as the matrix [D, C*p*p]) are Xavier-uniform. Linear biases
+    start at zero; the projection's bias and LayerNorm (the identity) keep torch's default.
     """
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
+    if isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)
 
 

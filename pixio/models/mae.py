@@ -113,28 +113,31 @@ class PixioMAE(nn.Module):
         elif len(noise) != len(images):
             raise ValueError(f"noise for {len(noise)} images, but there are {len(images)}: one row each")
         mask = block_mask(noise, grid, self.mask_grid, mask_ratio)  # [B, N]
-        keep, restore = split_patches(mask, count_kept(rows * columns, mask_ratio) * self.mask_grid**2)
-        features = self.encoder(images, block_ids=[-1], keep=keep)[0]
-        pred = self.decode(features["cls_tokens_norm"], features["patch_tokens_norm"], restore, grid)
+        n_visible = count_kept(rows * columns, mask_ratio) * self.mask_grid**2
+        ids_keep, ids_restore = split_patches(mask, n_visible)  # [B, V], [B, N]
+        features = self.encoder(images, block_ids=[-1], ids_keep=ids_keep)[0]
+        pred = self.decode(features["cls_tokens_norm"], features["patch_tokens_norm"], ids_restore, grid)
         return MAEOutput(self.loss(images, pred, mask), pred, mask)
 
-    def decode(self, cls_tokens: Tensor, visible: Tensor, restore: Tensor, grid: tuple[int, int]) -> Tensor:
+    def decode(
+        self, cls_tokens: Tensor, visible: Tensor, ids_restore: Tensor, grid: tuple[int, int]
+    ) -> Tensor:
         """Predict every patch from the class tokens [B, C, D] and the visible patches [B, V, D].
 
         Args:
             cls_tokens: after the encoder's final norm.
             visible: likewise, in the order of `split_patches`.
-            restore: int64 [B, N], from `split_patches`.
+            ids_restore: int64 [B, N], from `split_patches`.
             grid: (h, w) of the image in patches.
 
         Returns:
             [B, N, p*p*K], patches row by row.
         """
-        n_cls, n_masked = cls_tokens.shape[1], restore.shape[1] - visible.shape[1]
+        n_cls, n_masked = cls_tokens.shape[1], ids_restore.shape[1] - visible.shape[1]
         x = self.decoder_embed(torch.cat([cls_tokens, visible], dim=1))  # [B, C + V, E]
         mask_tokens = self.mask_token.to(x.dtype).expand(len(x), n_masked, -1)  # [B, N - V, E]
         patches = torch.cat([x[:, n_cls:], mask_tokens], dim=1)  # [B, N, E], visible patches first
-        patches = patches.gather(1, restore.unsqueeze(-1).expand(-1, -1, x.shape[-1]))  # [B, N, E]
+        patches = patches.gather(1, ids_restore.unsqueeze(-1).expand(-1, -1, x.shape[-1]))  # [B, N, E]
         x = torch.cat([x[:, :n_cls], patches], dim=1)  # [B, C + N, E]
         x = x + resize_positions(self.decoder_pos_embed, n_cls, self.encoder.grid, grid)
         for block in self.decoder_blocks:

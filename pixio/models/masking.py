@@ -72,11 +72,11 @@ def split_patches(mask: Tensor, n_visible: int) -> tuple[Tensor, Tensor]:
 
     Args:
         mask: [B, N], 0 = kept, 1 = masked, with `n_visible` zeros in every row.
-        n_visible: V, given as a number so that shapes need no device synchronisation.
+        n_visible: V, given as a number so that shapes need no device synchronization.
 
     Returns:
-        keep: int64 [B, V], indices of the visible patches in ascending order.
-        restore: int64 [B, N]; `gather(cat([visible, masked]), restore)` is in the original order again.
+        ids_keep: int64 [B, V], indices of the visible patches in ascending order.
+        ids_restore: int64 [B, N]; `gather(cat([visible, masked]), ids_restore)` is in the original order.
     """
     order = mask.argsort(dim=1, stable=True)  # [B, N], visible patches first
     return order[:, :n_visible], order.argsort(dim=1)
