@@ -21,7 +21,8 @@ from pixio.models.encoder import PixioViT
 from pixio.models.layers import init_weights
 from pixio.models.masking import block_mask, cell_grid, count_kept, split_patches
 from pixio.weights.loading import assign
-from pixio.weights.reading import read_file, split_state
+from pixio.weights.reading import read_file
+from pixio.weights.wrappers import split_state
 
 
 class Student(nn.Module):

@@ -292,7 +292,7 @@ def test_activation_checkpointing_is_switched_on_by_the_fields_names(switch):
     model.zero_grad()
     getattr(model, switch)()
     calls = []
-    model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     model(images, [-1])[0]["cls_tokens_norm"].square().mean().backward()
     assert len(calls) == 2  # forward, and again in the backward pass
     torch.testing.assert_close([parameter.grad for parameter in model.parameters()], expected)

@@ -3,11 +3,14 @@
 import argparse
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from huggingface_hub import constants, errors
 from safetensors.torch import load_file, save_file
@@ -160,7 +163,7 @@ def test_missing_and_unexpected_keys_are_named(mae, tmp_path):
     state = dict(mae.encoder.state_dict())
     state["head.weight"] = state.pop("norm.weight")
     torch.save(state, tmp_path / "odd.pth")
-    with pytest.raises(ValueError, match=r"odd.pth.*missing norm.weight; unexpected head.weight"):
+    with pytest.raises(ValueError, match=r"odd.pth.*missing norm.weight.*; unexpected head.weight"):
         small_encoder(tmp_path / "odd.pth")
 
 
@@ -225,6 +228,152 @@ def test_integer_weights_are_refused(mae, tmp_path):
     torch.save({k: v.to(torch.int8) for k, v in mae.encoder.state_dict().items()}, tmp_path / "int.pth")
     with pytest.raises(ValueError, match="not plain floating point"):
         small_encoder(tmp_path / "int.pth")
+
+
+# --- containers and prefixes of training code
+
+
+def inside(part: str):
+    """Names of a block's tensors with a part that a wrapper around each block leaves."""
+    return lambda key: re.sub(r"^(blocks\.\d+\.)", rf"\1{part}.", key)
+
+
+IN_FRONT = (
+    *("module.", "_orig_mod.", "module._orig_mod.", "_fsdp_wrapped_module."),
+    *("model.", "vit.", "backbone.", "encoder.", "student.backbone.", "model.encoder."),
+    *("encoder._orig_mod.", "teacher.module.backbone."),
+)
+PREFIXES = {
+    **{prefix: prefix.__add__ for prefix in IN_FRONT},
+    **{part: inside(part) for part in ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")},
+    "uniception": lambda key: f"encoder.{inside('inner')(key)}",
+    "everywhere": lambda key: f"_fsdp_wrapped_module.{inside('_checkpoint_wrapped_module._orig_mod')(key)}",
+}
+CONTAINERS = {
+    "flat": lambda state: state,
+    "with plain values": lambda state: {**state, "epoch": 3, "best": np.float64(0.5), "name": "run"},
+    "state_dict": lambda state: {"state_dict": state, "epoch": 1, "loss": torch.tensor(0.5)},
+    "model_state": lambda state: {"model_state": state, "optimizer": {"state": {0: {"step": torch.ones(1)}}}},
+    "model_state_dict": lambda state: {"model_state_dict": state, "rng": torch.zeros(8, dtype=torch.uint8)},
+    "nested": lambda state: {"model": {"state_dict": state}},
+    "own name": lambda state: {"net": state, "head": {"weight": torch.ones(2, 2)}, "step": torch.ones(1)},
+    "with an average": lambda state: {"model": state, "model_ema": {k: v + 1 for k, v in state.items()}},
+    "averaged": lambda state: {"n_averaged": torch.tensor(5), **{f"module.{k}": state[k] for k in state}},
+    "student": lambda state: (
+        state | {"last_proj.0.weight": torch.ones(2, 2), "last_proj.3.bias": torch.ones(2)}
+    ),
+}
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefixes_of_wrappers_are_stripped_in_front_and_inside(mae, tmp_path, prefix):
+    torch.save({PREFIXES[prefix](k): v for k, v in mae.encoder.state_dict().items()}, tmp_path / "w.pth")
+    assert_same_weights(small_encoder(tmp_path / "w.pth"), mae.encoder)
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_state_dict_is_found_in_what_training_code_saves(mae, tmp_path, container):
+    torch.save(CONTAINERS[container](dict(mae.encoder.state_dict())), tmp_path / "w.pth")
+    assert_same_weights(small_encoder(tmp_path / "w.pth"), mae.encoder)
+
+
+def test_an_averaged_model_of_torch_loads(mae, tmp_path):
+    averaged = torch.optim.swa_utils.AveragedModel(mae)
+    torch.save({"model": averaged.state_dict()}, tmp_path / "averaged.pth")
+    assert_same_weights(small_encoder(tmp_path / "averaged.pth"), mae.encoder)
+    loaded = pixio.load_mae(tmp_path / "averaged.pth", num_heads=3, decoder_num_heads=2, mask_grid=2)
+    assert_same_weights(loaded, mae)
+
+
+def test_an_encoder_is_taken_out_of_the_model_around_it(mae, tmp_path):
+    state = {f"backbone.{key}": value for key, value in mae.encoder.state_dict().items()}
+    torch.save({"state_dict": state | {"head.weight": torch.ones(5, 2)}}, tmp_path / "detector.pth")
+    assert_same_weights(small_encoder(tmp_path / "detector.pth"), mae.encoder)
+    torch.save({"state_dict": state | {"backbone.extra": torch.ones(5)}}, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match="unexpected extra"):
+        small_encoder(tmp_path / "odd.pth")
+
+
+def test_of_two_encoders_in_a_file_neither_is_guessed(mae, tmp_path):
+    state = mae.encoder.state_dict()
+    torch.save({"student": state, "teacher": state}, tmp_path / "two.pth")
+    with pytest.raises(ValueError, match="several state dicts, student, teacher: save one"):
+        small_encoder(tmp_path / "two.pth")
+    torch.save({f"{who}.{key}": state[key] for who in ("a", "b") for key in state}, tmp_path / "two.pth")
+    with pytest.raises(ValueError, match=r"several encoders, under a\., b\.: save one"):
+        small_encoder(tmp_path / "two.pth")
+
+
+def test_a_name_found_twice_is_refused(mae, tmp_path):
+    state = mae.encoder.state_dict()
+    torch.save({**state, "module.norm.bias": state["norm.bias"]}, tmp_path / "twice.pth")
+    with pytest.raises(ValueError, match=r"module.norm.bias and another key both stand for norm.bias"):
+        small_encoder(tmp_path / "twice.pth")
+
+
+def test_what_does_not_fit_is_shown_with_its_nearest_key_and_no_guess(mae, tmp_path):
+    state = dict(mae.encoder.state_dict())
+    state["norms.weight"] = state.pop("norm.weight")
+    torch.save(state, tmp_path / "odd.pth")
+    with pytest.raises(
+        ValueError, match=r"missing norm.weight \(nearest keys: norm.weight ~ norms.weight"
+    ) as error:
+        small_encoder(tmp_path / "odd.pth")
+    assert "version" not in str(error.value)
+    state["position_embed"] = state.pop("pos_embed")
+    torch.save(state, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match=r"missing pos_embed .*pos_embed ~ position_embed"):
+        pixio.from_pretrained(tmp_path / "odd.pth")
+
+
+# --- what is found in the place of a weight file
+
+
+def scripted(path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(path)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+            "Git LFS pointer.*git lfs pull",
+        ),
+        (b"<!DOCTYPE html><html><body>Log in</body></html>", "HTML page.*download"),
+        (b"\xef\xbb\xbf\n  <html lang='en'>", "HTML page"),
+        (
+            safetensors.torch.save({"norm.weight": torch.ones(2)}),
+            r"safetensors file: rename it to w\.safetensors",
+        ),
+        (scripted, "TorchScript"),
+    ],
+)
+def test_other_kinds_of_files_are_named_and_nothing_unsafe_is_advised(tmp_path, content, message):
+    path = tmp_path / "w.pth"
+    content(path) if callable(content) else path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"w.pth .*bytes. is an? .*{message}") as error:
+        pixio.from_pretrained(path)
+    assert "weights_only" not in str(error.value)
+    if message.startswith(("Git", "HTML")):
+        path = path.rename(tmp_path / "w.safetensors")
+        with pytest.raises(ValueError, match=message):
+            pixio.from_pretrained(path)
+
+
+def test_a_torch_file_named_safetensors_is_named(mae, tmp_path):
+    torch.save(mae.encoder.state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"torch.save: rename it to w\.pth"):
+        pixio.from_pretrained(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    "value", [np.float32(1), np.int64(3), np.bool_(True), np.arange(4), np.array(["a"], object)]
+)
+def test_numpy_values_beside_weights_are_skipped(mae, tmp_path, value):
+    torch.save({"model": mae.state_dict(), "best": value, "args": {"lr": value}}, tmp_path / "w.pth")
+    assert_same_weights(small_encoder(tmp_path / "w.pth"), mae.encoder)
 
 
 # --- folders and the Hugging Face hub

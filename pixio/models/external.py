@@ -23,7 +23,7 @@ from pixio.files import read_json
 from pixio.images.normalization import IMAGENET_MEAN, IMAGENET_STD
 from pixio.models import registry
 from pixio.models.encoder import PixioViT
-from pixio.weights import loading, reading
+from pixio.weights import loading, reading, wrappers
 
 _IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
 _TIMM_MODULES = ("vision_transformer", "eva", "deit")  # plain vision transformers that take any input size
@@ -208,7 +208,7 @@ def _load_timm(model: nn.Module, path: str | Path, name: str) -> None:
     """Load a weight file strictly, but for a classifier's head, which the encoder has none of."""
     convert = importlib.import_module(type(model).__module__).checkpoint_filter_fn
     try:
-        state = convert(reading.read_file(path), model)
+        state = convert(wrappers.find_state(reading.read_file(path), path)[0], model)
         state = {key: value for key, value in state.items() if not key.startswith(("head.", "head_dist."))}
         model.load_state_dict(state)
     except (RuntimeError, AttributeError, KeyError, TypeError) as error:  # a converter may stumble anywhere

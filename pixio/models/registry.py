@@ -10,7 +10,7 @@ import torch
 from pixio.models.encoder import PixioViT
 from pixio.models.layers import resize_positions
 from pixio.models.mae import PixioMAE
-from pixio.weights import loading, reading
+from pixio.weights import loading, reading, wrappers
 from pixio.weights.key_mapping import State
 
 _ENCODERS: dict[str, Callable[..., PixioViT]] = {}
@@ -215,7 +215,7 @@ def initialize_from(model: PixioMAE, source: str | Path, decoder: bool = False) 
 def _read_mae(path: str | Path) -> tuple[State, State, dict[str, Any], dict[str, tuple[int, int, int]]]:
     """Encoder, decoder, configuration and, where it names the model, width, blocks and heads of both."""
     content = reading.read_file(path)
-    encoder, decoder = reading.split_state(content, path)
+    encoder, decoder = wrappers.split_state(content, path)
     if "decoder_embed.weight" not in decoder:
         raise ValueError(f"{path} has no decoder: it is an encoder file; give a training checkpoint")
     config = reading.training_config(content)

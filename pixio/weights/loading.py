@@ -1,5 +1,6 @@
 """State dicts into modules: the sizes a state dict has, whether it fits a module exactly, filling it."""
 
+import difflib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,21 @@ from pixio.weights.key_mapping import State
 
 SIZES = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "mlp_ratio", "n_cls_tokens")
 """Arguments of `PixioViT` that a state dict shows; the number of heads leaves no trace in tensors."""
+_SHOWING = ("patch_embed.proj.weight", "cls_token", "pos_embed", "blocks.0.mlp.fc1.weight")
 
 
 def infer_sizes(state: State, source: str | Path) -> dict[str, Any]:
     """Arguments of `PixioViT`, all but the heads, that a state dict was made with (square grids only)."""
-    try:
-        width, channels, patch_size, _ = state["patch_embed.proj.weight"].shape
-        n_cls_tokens, n_positions = state["cls_token"].shape[1], state["pos_embed"].shape[1]
-        hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
-    except (KeyError, ValueError, IndexError):
-        raise ValueError(f"{source} is not a Pixio encoder: its keys are {some(state)}") from None
+    if missing := [key for key in _SHOWING if key not in state]:
+        raise ValueError(
+            f"{source} is not a Pixio encoder: {missing_keys(missing, state)}; its keys are {some(state)}"
+        )
+    projection, cls_token, positions, fc1 = (state[key] for key in _SHOWING)
+    if [projection.ndim, cls_token.ndim, positions.ndim, fc1.ndim] != [4, 3, 3, 2]:
+        shapes = ", ".join(f"{key} {list(state[key].shape)}" for key in _SHOWING)
+        raise ValueError(f"{source} is not a Pixio encoder: its shapes are {shapes}")
+    width, channels, patch_size, _ = projection.shape
+    n_cls_tokens, n_positions, hidden = cls_token.shape[1], positions.shape[1], fc1.shape[0]
     n_patches = n_positions - n_cls_tokens
     side = round(max(n_patches, 0) ** 0.5)
     if side * side != n_patches or min(width, channels, patch_size, hidden, side) < 1:
@@ -74,9 +80,10 @@ def check_fit(model: nn.Module, state: State, source: str | Path) -> None:
     """
     expected = model.state_dict()
     differences = []
+    unexpected = state.keys() - expected.keys()
     if missing := expected.keys() - state.keys():
-        differences.append(f"missing {some(missing)}")
-    if unexpected := state.keys() - expected.keys():
+        differences.append(missing_keys(missing, unexpected))
+    if unexpected:
         differences.append(f"unexpected {some(unexpected)}")
     shapes = [
         f"{key} is {list(state[key].shape)}, expected {list(tensor.shape)}"
@@ -107,11 +114,19 @@ def _advice(model: nn.Module, state: State) -> str:
         f"{key} {found[key]} (the model has {ours[key]})" for key in SIZES if found[key] != ours[key]
     ]
     if not different:
-        return "The file was perhaps saved by another version; save the encoder's state dict alone."
+        return "Rename these tensors, or save the state dict of the encoder alone."
     advice = f"The file was made with {', '.join(different)}: choose the model and options that match."
     if found["img_size"] != ours["img_size"]:
         advice += " Keep the file's img_size: positions are resized to other inputs at run time."
     return advice
+
+
+def missing_keys(missing: Iterable[str], present: Iterable[str]) -> str:
+    """What is missing and the nearest of the keys that are there instead, for a message."""
+    missing, present = sorted(missing), sorted(map(str, present))
+    near = [difflib.get_close_matches(key, present, n=1, cutoff=0.5) for key in missing[:4]]
+    pairs = [f"{key} ~ {found[0]}" for key, found in zip(missing, near, strict=False) if found]
+    return f"missing {some(missing)}" + (f" (nearest keys: {', '.join(pairs)})" if pairs else "")
 
 
 def some(names: Iterable[Any], limit: int = 4) -> str:

@@ -12,24 +12,39 @@ from pathlib import Path, PosixPath
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pixio.files import file_in, read_json
 from pixio.weights import key_mapping
 from pixio.weights.key_mapping import State
 from pixio.weights.loading import infer_sizes, some
+from pixio.weights.wrappers import split_state
 
-_WRAPPERS = ("module.", "_orig_mod.")  # left in keys by DistributedDataParallel and torch.compile
-_DECODER = re.compile(r"decoder_|mask_token$")
-_PROJECTOR = "last_proj."  # beside a student of the release; only its training needs it
 _NAME = re.compile(r"enc(\d+)x(\d+)h(\d+)_dec(\d+)x(\d+)h(\d+)$")
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class _NumpyValue:
+    """Stands for a number or array of numpy beside the weights, such as a best score; it is not loaded."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, _: Any):
+        pass
+
+
 _HARMLESS = [  # the arguments in the release's checkpoints; Python 3.13 renamed the module of paths
     argparse.Namespace,
     (PosixPath, "pathlib.PosixPath"),
     (PosixPath, "pathlib._local.PosixPath"),
+    *((_NumpyValue, f"numpy.{name}") for name in ("dtype", "ndarray")),
+    *(
+        (_NumpyValue, f"numpy.{core}.multiarray.{name}")
+        for core in ("core", "_core")  # renamed in numpy 2
+        for name in ("scalar", "_reconstruct")
+    ),
 ]
 
 
@@ -38,11 +53,12 @@ def read_file(path: str | Path) -> dict[str, Any]:
 
     Returns:
         The file's top-level mapping, memory-mapped where possible. Beside tensors and plain containers a
-        pickle may hold only `argparse.Namespace` and paths. Of a checkpoint only `model` is read whole.
+        pickle may hold only `argparse.Namespace`, paths, and numpy's values, which are skipped. Of a
+        checkpoint only `model` is read whole.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: truncated, not a weight file, or holding objects that are not weights.
+        ValueError: truncated, another kind of file, or holding objects that are not weights.
     """
     path = Path(path).expanduser()
     if _is_checkpoint(path):
@@ -52,6 +68,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
         return {**content, "model": materialize(content["model"])} if "model" in content else content
     if not path.is_file():
         raise FileNotFoundError(f"no weight file at {path}" + (" (it is a folder)" if path.is_dir() else ""))
+    _check_kind(path)
     try:
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
@@ -61,8 +78,8 @@ def read_file(path: str | Path) -> dict[str, Any]:
         foreign = re.search(r"GLOBAL (\S+)", str(error))
         what = f"the pickle names {foreign[1]}" if foreign else "it is not a pickle of plain weights"
         raise ValueError(
-            f"{path}: {what}; only tensors and plain containers are loaded, because pickles can run code. "
-            "If you trust the file, load it where it was made and save its state dict alone."
+            f"{path}: {what}; only tensors and plain containers are loaded, because pickles can run code; "
+            "ask whoever made it for a file of its state dict alone"
         ) from None
     except (RuntimeError, EOFError, ValueError, OSError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -73,6 +90,35 @@ def read_file(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a state dict or a checkpoint")
     return content
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse, by its name, what is often found in the place of a weight file."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    is_safetensors = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
+    is_torch = head.startswith((b"PK", b"\x80"))
+    if head.startswith(b"version https://git-lfs"):
+        kind = "a Git LFS pointer in the place of the weights: run `git lfs pull` where it was cloned"
+    elif head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        kind = (
+            "an HTML page, such as a login page or an error in the place of the download: open its address "
+            "in a browser, log in if it asks, and download the file itself"
+        )
+    elif is_safetensors and path.suffix != ".safetensors":
+        kind = f"a safetensors file: rename it to {path.stem}.safetensors"
+    elif is_torch and path.suffix == ".safetensors":
+        kind = f"a file of torch.save: rename it to {path.stem}.pth"
+    elif zipfile.is_zipfile(path) and _is_torchscript(path):
+        kind = "a TorchScript program: save the state dict of the model it was made from"
+    else:
+        return
+    raise ValueError(f"{path} ({path.stat().st_size:,} bytes) is {kind}")
+
+
+def _is_torchscript(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -89,34 +135,6 @@ def _read_safetensors(path: Path) -> State:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(str(error)) from None
-
-
-def split_state(content: dict[str, Any], source: str | Path) -> tuple[State, State]:
-    """Encoder and decoder state dicts, under the released keys, from the content of any known file.
-
-    Known: a released encoder (flat), the release's training checkpoint (flat encoder and decoder under
-    `model`), its distilled students (flat encoder and projector, which is left out, under `model`), ours
-    (`encoder.*` beside the decoder under `model`), and encoders of transformers and timm, each with or
-    without the prefixes of wrapped modules.
-    """
-    state = content.get("model", content)
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-    ):
-        raise ValueError(f"{source} holds no state dict: its top-level keys are {some(content)}")
-    unwrapped = {_unwrapped(key): value for key, value in state.items()}
-    state = {key: value for key, value in unwrapped.items() if not key.startswith(_PROJECTOR)}
-    if key_mapping.is_transformers(state):
-        return key_mapping.from_transformers(state), {}
-    decoder = {key: value for key, value in state.items() if _DECODER.match(key)}
-    encoder = {key.removeprefix("encoder."): state[key] for key in state if key not in decoder}
-    return key_mapping.from_timm(encoder) if key_mapping.is_timm(encoder) else encoder, decoder
-
-
-def _unwrapped(key: str) -> str:
-    while key.startswith(_WRAPPERS):
-        key = key.split(".", 1)[1]
-    return key
 
 
 def read_encoder(source: str | Path) -> tuple[State, int | None]:
