@@ -65,9 +65,8 @@ class Student(nn.Module):
         Raises:
             FileNotFoundError, ValueError: see `pixio.weights`; weights that do not fit.
         """
-        content = read_file(path)
-        encoder, _ = split_state(content, path)
-        found = self.state_dict() | content.get("model", content)
+        encoder, beside = split_state(read_file(path), path)
+        found = self.state_dict() | beside
         projector = {key: value for key, value in found.items() if key.startswith("last_proj.")}
         assign(self, {f"encoder.{key}": value for key, value in encoder.items()} | projector, path)
 
