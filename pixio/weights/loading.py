@@ -124,8 +124,8 @@ def _advice(model: nn.Module, state: State) -> str:
 def missing_keys(missing: Iterable[str], present: Iterable[str]) -> str:
     """What is missing and the nearest of the keys that are there instead, for a message."""
     missing, present = sorted(missing), sorted(map(str, present))
-    near = [difflib.get_close_matches(key, present, n=1, cutoff=0.5) for key in missing[:4]]
-    pairs = [f"{key} ~ {found[0]}" for key, found in zip(missing, near, strict=False) if found]
+    near = {key: difflib.get_close_matches(key, present, n=1, cutoff=0.5) for key in missing[:4]}
+    pairs = [f"{key} ~ {found[0]}" for key, found in near.items() if found]
     return f"missing {some(missing)}" + (f" (nearest keys: {', '.join(pairs)})" if pairs else "")
 
 
