@@ -1,7 +1,9 @@
 """Weights out and back: transformers, timm, ONNX, torch.export give the native numbers; nothing is lost."""
 
+import functools
 import importlib
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -420,14 +422,70 @@ def test_3d_adaptor_gives_the_normed_map_and_the_class_tokens(model, exchanged):
     assert encoder.model.patch_embed.proj.weight.grad.abs().sum() > 0
 
 
-def test_3d_adaptor_refuses_other_normalisations():
+def test_3d_adaptor_refuses_other_normalizations():
     from pixio.models.uniception import EncoderInput, PixioEncoder
 
     encoder = PixioEncoder("pixio_vitpico16")
-    with pytest.raises(ValueError, match="normalized as 'dust3r', the encoder expects 'dinov2'"):
+    with pytest.raises(ValueError, match="normalized as 'dust3r', the encoder expects 'pixio'"):
         encoder(EncoderInput(image=torch.zeros(1, 3, 64, 64), data_norm_type="dust3r"))
     with pytest.raises(ValueError, match="wants the ImageNet statistics"):
         PixioEncoder("pixio_vitpico16", data_norm_type="dust3r")
+
+
+def test_the_3d_encoder_takes_the_arguments_of_uniceptions_factory(model, exchanged):
+    from pixio.models.uniception import EncoderInput, PixioEncoder
+
+    source = exchanged / "encoder.pth"
+    encoder = PixioEncoder(
+        name="my encoder",
+        data_norm_type="pixio",
+        hf_model_name=source,
+        size="huge",
+        num_heads=SIZES["num_heads"],
+        norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6),
+        gradient_checkpointing=False,
+    )
+    assert (encoder.name, encoder.size, encoder.n_cls_tokens) == ("my encoder", "huge", model.n_cls_tokens)
+    images = torch.randn(2, 3, 64, 64)
+    features = encoder(EncoderInput(image=images, data_norm_type="pixio")).features
+    assert features.is_contiguous()
+    assert_close(features.flatten(2).transpose(1, 2), model.forward_features(images)["patch_tokens_norm"])
+    assert PixioEncoder("label", architecture="pixio_vitfemto16").enc_embed_dim == 64
+    assert PixioEncoder("pixio_vitfemto16").data_norm_type == "pixio"
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_3d_encoder_reads_uniceptions_keys(model, exchanged, tmp_path, checkpointing):
+    from pixio.models.uniception import PixioEncoder
+
+    inner = r"\1inner." if checkpointing else r"\1"
+    keys = {key: re.sub(r"^(blocks\.\d+\.)", inner, key) for key in model.state_dict()}
+    theirs = {f"encoder.{keys[key]}": value for key, value in model.state_dict().items()}
+    whole = torch.nn.ModuleDict({"encoder": PixioEncoder("pixio_vitpico16", **SIZES)})
+    whole.load_state_dict(theirs)
+    for key, value in model.state_dict().items():
+        assert torch.equal(whole["encoder"].model.state_dict()[key], value), key
+    whole.load_state_dict(whole.state_dict())  # its own keys too
+    torch.save({"model": theirs | {"head.weight": torch.ones(2, 2)}}, tmp_path / "whole.pth")
+    assert_close(pixio.from_pretrained(tmp_path / "whole.pth", num_heads=3).norm.weight, model.norm.weight)
+
+
+def test_the_3d_encoder_equals_the_one_of_uniception(model, exchanged, monkeypatch):
+    base = pytest.importorskip("uniception.models.encoders.base")
+    native = importlib.import_module("uniception.models.encoders.pixio")
+    from pixio.models.uniception import EncoderInput, PixioEncoder
+
+    source = exchanged / "encoder.pth"
+    monkeypatch.setattr(native.PixioEncoder, "get_pth_file", lambda *_, **__: source)
+    theirs = native.PixioEncoder(name="label", data_norm_type="pixio", **SIZES, n_cls_tokens=8).eval()
+    ours = PixioEncoder(name="label", hf_model_name=source, num_heads=SIZES["num_heads"]).eval()
+    assert isinstance(ours, base.UniCeptionViTEncoderBase)
+    for name in ("name", "size", "data_norm_type", "patch_size", "enc_embed_dim", "n_cls_tokens"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    given = EncoderInput(image=torch.randn(2, 3, 64, 96), data_norm_type="pixio")
+    assert isinstance(ours(given), base.ViTEncoderOutput)
+    assert_close(ours(given).features, theirs(given).features)
+    ours.load_state_dict(theirs.state_dict())
 
 
 def test_the_former_place_of_the_3d_encoder_still_works():

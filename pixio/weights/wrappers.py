@@ -70,6 +70,11 @@ def find_state(content: dict[str, Any], source: str | Path) -> tuple[State, Stat
     return inside, beside
 
 
+def unwrapped_key(key: str) -> str:
+    """A key without the parts that wrappers of modules put into it, such as `_orig_mod`."""
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+
+
 def _contained(content: dict[str, Any], source: str | Path) -> dict[str, Any]:
     """The innermost mapping that holds the tensors."""
     mappings = {key: value for key, value in content.items() if _holds_tensors(value)}
@@ -95,10 +100,11 @@ def _holds_tensors(value: Any, depth: int = 3) -> bool:
 def _unwrapped(state: dict[str, Any], source: str | Path) -> State:
     unwrapped: State = {}
     for key, value in state.items():
-        parts = [part for part in str(key).split(".") if part not in _WRAPPERS]
-        if not isinstance(value, Tensor) or parts[-1:] == ["n_averaged"]:  # a counter of averaged models
+        name = unwrapped_key(str(key))
+        if (
+            not isinstance(value, Tensor) or name.split(".")[-1] == "n_averaged"
+        ):  # a counter of averaged models
             continue
-        name = ".".join(parts)
         if name in unwrapped:
             raise ValueError(f"{source}: {key} and another key both stand for {name}; save the weights again")
         unwrapped[name] = value
