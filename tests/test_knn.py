@@ -247,8 +247,6 @@ def test_every_block_is_measured_in_one_pass_with_a_plot(data, tmp_path):
 
 
 RANK = """
-import sys
-sys.path.insert(0, {evaluation!r})
 import eval_knn, feature_bank
 from pixio.features import knn
 feature_bank.PART = knn.QUERIES = 4
@@ -258,7 +256,11 @@ eval_knn.main()
 
 def torchrun(ranks: int, data: Path, output: Path, *flags: str) -> dict:
     script = output.parent / "rank.py"
-    script.write_text(RANK.format(evaluation=str(ROOT / "evaluation")))
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'evaluation'}",
+    }
+    script.write_text(RANK)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     command += [
         str(script),
@@ -269,7 +271,7 @@ def torchrun(ranks: int, data: Path, output: Path, *flags: str) -> dict:
         str(output),
         *flags,
     ]
-    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    subprocess.run(command, check=True, capture_output=True, env=environment)
     return json.loads((output / "results.json").read_text())
 
 
