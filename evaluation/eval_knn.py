@@ -22,6 +22,7 @@ from launch import EvaluationConfig, run_evaluation
 from torch import nn
 
 from pixio.engine.config import option, parse
+from pixio.engine.lock import lock_folder
 from pixio.engine.runtime import Runtime
 from pixio.features.extraction import FeatureExtractor
 from pixio.features.knn import KNNClassifier
@@ -89,9 +90,11 @@ def evaluate(config: KnnConfig, runtime: Runtime) -> dict[str, Any]:
     extractor = FeatureExtractor(
         encoder.to(runtime.device), spec, runtime, config.batch_size_per_gpu, config.num_workers
     )
-    bank, queries = (
-        open_bank(split, output / "features", extractor, f"{config.model} {sha256}") for split in (train, val)
-    )
+    with lock_folder(output, runtime):
+        bank, queries = (
+            open_bank(split, output / "features", extractor, f"{config.model} {sha256}")
+            for split in (train, val)
+        )
     extracted = time.monotonic()
 
     # ---- search

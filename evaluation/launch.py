@@ -1,6 +1,5 @@
 """What every evaluation program is told and how it starts: encoder file, output, device, ranks."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -23,7 +22,7 @@ class EvaluationConfig:
     output_dir: str | None = option(None, "what the run writes; by default a folder named after it in runs/")
     device: str = option("auto", "auto, cpu, mps or a GPU")
     dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", "what autocast computes in")
-    port: int | None = option(None, "where ranks meet, if their launcher does not say", ge=1, le=65_535)
+    port: int | None = option(None, "of the rendezvous, if the launcher does not say", ge=1, le=65_535)
     local_rank: int | None = option(
         None, "accepted from launchers that pass it; ranks come from their variables", ("local-rank",), ge=-1
     )
@@ -37,10 +36,8 @@ def run_evaluation(name: str, config: EvaluationConfig, body: Callable[[Runtime]
         config: of the run.
         body: the evaluation.
     """
-    if config.port is not None:
-        os.environ.setdefault("MASTER_PORT", str(config.port))
     with program(name, "eval"):
-        runtime = start_runtime(config.device, config.dtype, local_rank=config.local_rank)
+        runtime = start_runtime(config.device, config.dtype, local_rank=config.local_rank, port=config.port)
         try:
             return body(runtime)
         finally:

@@ -1,6 +1,8 @@
 """Devices, precision and the end of a process."""
 
 import dataclasses
+import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from helpers import ALONE
 from test_ranks import SRUN_TASK
 from torch import nn
 
+from pixio.engine import ranks as ranks_module
 from pixio.engine.ranks import Ranks, find_ranks
 from pixio.engine.runtime import choose_device, start_runtime
 
@@ -98,3 +101,46 @@ def test_a_failing_process_does_not_wait_for_the_others_to_leave(monkeypatch, fa
 
 def test_memory_is_a_plausible_number_of_gib():
     assert 0.01 < ALONE.memory() < 1000
+
+
+def test_compile_without_a_compiler_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda _: raising("no compiler found\n\nset this and that"))
+    with pytest.raises(
+        ValueError, match=r"--compile does not work here \(no compiler found\): install"
+    ) as found:
+        ALONE.compile(nn.Linear(1, 1))
+    assert "\n" not in str(found.value)
+
+
+def raising(text: str):
+    def call(*_):
+        raise RuntimeError(text)
+
+    return call
+
+
+class Answers(dict):
+    """A store as far as the ranks compare their GPUs, in which the other rank has answered."""
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value.encode()
+
+    def wait(self, keys: list[str]) -> None:
+        assert self.keys() >= set(keys)
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        return [self[key] for key in keys]
+
+
+def test_ranks_that_share_a_gpu_are_refused(monkeypatch):
+    monkeypatch.setattr(ranks_module.time, "sleep", lambda _: None)
+    gpu = SimpleNamespace(uuid="GPU-1")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    host = socket.gethostname()
+    other = Answers({"gpu/0": f"GPU-0 on {host}".encode()})
+    ranks_module._check_gpus(other, Ranks(1, 1, 2, 2), torch.device("cuda:0"))
+    same = Answers({"gpu/0": f"GPU-1 on {host}".encode()})
+    with pytest.raises(
+        ValueError, match=f"ranks 0 and 1 share GPU GPU-1 on {host}: start one process per GPU"
+    ):
+        ranks_module._check_gpus(same, Ranks(1, 1, 2, 2), torch.device("cuda:0"))

@@ -11,6 +11,7 @@ from dense.results import publish
 from dense.testing import draw_panels, evaluate
 from dense.training import train_head
 
+from pixio.engine.lock import lock_folder
 from pixio.engine.runtime import Runtime
 from pixio.files import write_atomic
 
@@ -23,16 +24,21 @@ def run(config: DenseConfig, task: Task, runtime: Runtime) -> dict[str, Any]:
         `checkpoints/`.
     """
     probe = build_probe(config, task, runtime)
-    if config.eval_only:
-        began = time.monotonic()
-        rows = [{"epoch": probe.epoch, **evaluate(probe), "seconds": time.monotonic() - began}]
-        results = publish(probe, None, rows)
-    else:
-        train = open_split(task.data, config, "train", probe.size, runtime.is_main)
-        rows = train_head(probe, train)
-        if runtime.is_main:
-            trained = {"identity": probe.identity, "epoch": config.epochs, "state": probe.head.state_dict()}
-            write_atomic(probe.output / "head.pth", lambda file: torch.save(trained, file))
-        results = publish(probe, len(train), rows)
-    draw_panels(probe)
+    with lock_folder(probe.output, runtime):
+        if config.eval_only:
+            began = time.monotonic()
+            rows = [{"epoch": probe.epoch, **evaluate(probe), "seconds": time.monotonic() - began}]
+            results = publish(probe, None, rows)
+        else:
+            train = open_split(task.data, config, "train", probe.size, runtime.is_main)
+            rows = train_head(probe, train)
+            if runtime.is_main:
+                trained = {
+                    "identity": probe.identity,
+                    "epoch": config.epochs,
+                    "state": probe.head.state_dict(),
+                }
+                write_atomic(probe.output / "head.pth", lambda file: torch.save(trained, file))
+            results = publish(probe, len(train), rows)
+        draw_panels(probe)
     return results
