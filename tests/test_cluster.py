@@ -92,7 +92,7 @@ def test_a_dry_run_needs_no_slurm_and_leaves_nothing(tmp_path):
     ("flags", "message"),
     [
         (["--partitoin", "x"], "did you mean --partition?"),
-        (["--epochs", "many"], "--epochs must be an integer"),
+        (["--epochs", "many"], "--epochs must be a positive integer, found many"),
         (["--local", "--nodes", "2"], "add --nodes 1"),
         (["--timeout", "5"], "--warning 300 (seconds) must lie within the time limit"),
         (["--nodes", "0"], "--nodes must be a positive integer, found 0"),
