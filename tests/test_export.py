@@ -163,6 +163,47 @@ def test_image_processor_prepares_images_as_we_do(folder, photo, tmp_path):
     assert (ours - theirs).abs().max() < 2.5 / 255 / 0.224  # both round to whole grey levels
 
 
+@torch.inference_mode()
+def test_the_examples_of_transformers_documentation_run_on_the_folder(model, folder, photo):
+    processor = AutoImageProcessor.from_pretrained(folder)
+    twin = AutoModel.from_pretrained(folder)
+    inputs = processor(images=photo, return_tensors="pt")
+    outputs = twin(**inputs)
+    features = model.forward_features(inputs["pixel_values"])
+    for suffix, theirs in (("_norm", outputs.last_hidden_state), ("", outputs.hidden_states[-1])):
+        assert_close(torch.cat([features[f"{kind}_tokens{suffix}"] for kind in ("cls", "patch")], 1), theirs)
+    assert twin(**inputs, output_hidden_states=False).hidden_states is None
+    lean = AutoModel.from_pretrained(folder, output_hidden_states=False)
+    assert lean(**inputs).hidden_states is None
+
+
+def test_the_line_for_transformers_states_memory_and_versions(exchanged, tmp_path):
+    _, *remarks = convert(
+        exchanged / "encoder.pth", tmp_path / "folder", "transformers", num_heads=3
+    ).splitlines()
+    mib = 5 * (8 + 16) * 48 * 4 / 2**20
+    assert f"hidden_states is filled: {mib:.3g} MiB per image of 64x64" in remarks[0]
+    assert "before 5.9 takes images of 64x64 only" in remarks[1]
+
+
+@torch.inference_mode()
+def test_one_class_token_in_place_of_eight_is_their_mean(model, exchanged, tmp_path):
+    shown = convert(exchanged / "encoder.pth", tmp_path / "one", "transformers", num_heads=3, cls="mean")
+    assert "one class token, the mean of 8: the others are lost" in shown
+    twin = AutoModel.from_pretrained(tmp_path / "one")
+    state, theirs = model.state_dict(), twin.embeddings
+    assert_close(state["cls_token"].mean(1, keepdim=True), theirs.cls_token)
+    assert_close(state["pos_embed"][:, :8].mean(1), theirs.position_embeddings[:, 0])
+    assert torch.equal(state["pos_embed"][:, 8:], theirs.position_embeddings[:, 1:])
+    images = torch.randn(1, 3, 64, 64)
+    outputs = twin(images)
+    assert outputs.last_hidden_state.shape == (1, 1 + 16, 48)
+    assert_close(outputs.last_hidden_state[:, 0], outputs.pooler_output)
+    ours = pixio.from_pretrained(tmp_path / "one").forward_features(images)
+    assert_close(ours["patch_tokens_norm"], outputs.last_hidden_state[:, 1:])  # as DPT strips the first
+    assert model.n_cls_tokens == 8
+
+
 def test_half_precision_reaches_transformers_as_it_is(model, tmp_path):
     convert(
         save(model, tmp_path / "half.pth", torch.bfloat16), tmp_path / "half", "transformers", num_heads=3
@@ -252,10 +293,75 @@ def test_timm_loads_the_file_strictly_by_name_and_gives_the_same_features(model,
     assert_close(tokens, twin.forward_features(images))
 
 
+def timm_line(exchanged, target: Path, **arguments):
+    """The line that `convert` prints for timm with more arguments, run, and the remarks below it."""
+    line, *remarks = convert(exchanged / "encoder.pth", target, "timm", num_heads=3).splitlines()
+    calls = []
+    eval(line, {"timm": SimpleNamespace(create_model=lambda *names, **given: calls.append((names, given)))})
+    ((names, given),) = calls
+    return timm.create_model(*names, **given | arguments).eval(), remarks
+
+
+@pytest.mark.parametrize("name", ["folder", "timm.pth", "timm.safetensors"])
+def test_timm_prepares_images_as_pixio_does(exchanged, photo, tmp_path, name):
+    twin, _ = timm_line(exchanged, tmp_path / name)
+    config = timm.data.resolve_model_data_config(twin)
+    assert {key: tuple(v) if isinstance(v, list) else v for key, v in config.items()} == {
+        "input_size": (3, 64, 64),
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "crop_pct": 1.0,
+        "crop_mode": "squash",
+    }
+    photo.save(tmp_path / "photo.png")
+    theirs = timm.data.create_transform(**config)(photo)
+    assert (pixio.transform(64)(tmp_path / "photo.png") - theirs).abs().max() < 2.5 / 255 / 0.224
+
+
+@pytest.mark.parametrize("name", ["folder", "timm.pth"])
+@torch.inference_mode()
+def test_timm_takes_its_usual_arguments_with_the_printed_line(model, exchanged, tmp_path, name):
+    images = torch.randn(2, 3, 64, 64)
+    ours = model.forward_features(images)
+    (tmp_path / "a").mkdir()
+    twin, _ = timm_line(exchanged, tmp_path / "a" / name)
+    assert_close(ours["cls_tokens_norm"][:, 0], twin(images))
+    (tmp_path / "b").mkdir()
+    classifier, _ = timm_line(exchanged, tmp_path / "b" / name, num_classes=10)
+    assert classifier(images).shape == (2, 10)
+    assert_close(ours["patch_tokens_norm"], classifier.forward_features(images)[:, 8:])
+    (tmp_path / "c").mkdir()
+    backbone, _ = timm_line(exchanged, tmp_path / "c" / name, features_only=True, out_indices=(1, 3))
+    maps = model.get_intermediate_layers(images, [1, 3], reshape=True, norm=False)
+    for expected, found in zip(maps, backbone(images), strict=True):
+        assert_close(expected, found)
+    (tmp_path / "d").mkdir()
+    larger, _ = timm_line(exchanged, tmp_path / "d" / name, img_size=128)
+    images = torch.randn(1, 3, 128, 128)
+    torch.testing.assert_close(
+        model.forward_features(images)["patch_tokens_norm"],
+        larger.forward_features(images)[:, 8:],
+        atol=5e-3,  # timm resizes positions with an antialiased kernel, also upwards
+        rtol=0,
+    )
+
+
+@torch.inference_mode()
+def test_the_line_for_timm_says_how_to_get_the_mean_of_the_class_tokens(model, exchanged, tmp_path):
+    twin, (*_, remark) = timm_line(exchanged, tmp_path / "folder")
+    images = torch.randn(2, 3, 64, 64)
+    assert "pools the first of the 8 class tokens" in remark
+    mean = eval(remark.rpartition("mean: ")[2], {"model": twin, "images": images})
+    assert_close(model.forward_features(images)["cls_tokens_norm"].mean(1), mean)
+
+
 @torch.inference_mode()
 def test_a_timm_model_without_positions_for_class_tokens_loads_here(exchanged, tmp_path):
     sizes = sizes_of(pixio.from_pretrained(exchanged / "encoder.pth", num_heads=3))
-    twin = timm.create_model(**timm_arguments(sizes | {"num_heads": 3}), no_embed_class=True).eval()
+    twin = timm.create_model(
+        "vit_base_patch16_224", num_classes=0, no_embed_class=True, **timm_arguments(sizes | {"num_heads": 3})
+    ).eval()
     torch.save(twin.state_dict(), tmp_path / "timm.pth")
     images = torch.randn(1, 3, 64, 64)
     ours = pixio.from_pretrained(tmp_path / "timm.pth", num_heads=3).forward_features(images)
@@ -307,6 +413,26 @@ def test_torch_export_serves_any_batch_and_size(model):
         exported, eager = program.module()(images, [-1])[0], model.forward_features(images)
         for key, value in eager.items():
             assert_close(value, exported[key])
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 72, 64), (1, 3, 64, 72), (2, 3, 63, 63), (1, 3, 80, 97)])
+def test_onnx_refuses_sizes_that_would_lose_a_border_and_says_why(exchanged, tmp_path, shape):
+    convert(exchanged / "encoder.pth", tmp_path / "encoder.onnx", "onnx", num_heads=3)
+    session = onnxruntime.InferenceSession(tmp_path / "encoder.onnx")
+    session.run(None, {"images": np.zeros((1, 3, 32, 48), np.float32)})
+    with pytest.raises(Exception, match="height_and_width_of_images_must_be_multiples_of_16"):
+        session.run(None, {"images": np.zeros(shape, np.float32)})
+
+
+@pytest.mark.parametrize(("size", "stored"), [(None, [64, 64]), ((32, 48), [32, 48])])
+def test_onnx_holds_mean_std_and_size_of_its_images(exchanged, tmp_path, size, stored):
+    convert(exchanged / "encoder.pth", tmp_path / "encoder.onnx", "onnx", num_heads=3, size=size)
+    session = onnxruntime.InferenceSession(tmp_path / "encoder.onnx")
+    facts = session.get_modelmeta().custom_metadata_map
+    assert json.loads(facts["mean"]) == [0.485, 0.456, 0.406]
+    assert json.loads(facts["std"]) == [0.229, 0.224, 0.225]
+    assert json.loads(facts["size"]) == stored
+    assert json.loads(facts["patch_size"]) == 16
 
 
 # --- convert

@@ -42,7 +42,7 @@ class Info:
 class Convert:
     """Convert an encoder for another library.
 
-    Prints a line of Python that loads the result.
+    Prints a line of Python that loads the result, and what differs from Pixio's own.
     """
 
     example = "pixio_vith16.pth pixio-vith16 --to transformers"
@@ -52,6 +52,9 @@ class Convert:
     num_heads: int | None = option(None, "where the source does not tell", ge=1)
     batch: int | None = option(None, "onnx: images per batch; any when left out", ge=1)
     size: tuple[int, int] | None = option(None, "onnx: pixels; any when left out", metavar=("H", "W"), ge=1)
+    cls: Literal["all", "mean"] = option(
+        "all", "mean: one class token, the mean, for code that expects a single one (transformers' DPT)"
+    )
 
     def run(self) -> None:
         import pixio
@@ -59,7 +62,7 @@ class Convert:
 
         check_target(self.target, self.to)  # before anything is downloaded
         model = pixio.from_pretrained(self.source, self.num_heads, dtype=None)
-        print(export(model, self.target, self.to, self.batch, self.size))
+        print(export(model, self.target, self.to, self.batch, self.size, self.cls))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,9 @@ Between weight files the tensors are only renamed, cut and joined, in the precis
 converting back gives every bit. Letters: B images, H x W pixels, N patches, C class tokens, D width.
 """
 
+import copy
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from pixio.weights.loading import sizes_of
 FORMATS = ("pth", "safetensors", "transformers", "timm", "onnx")
 ONNX_OUTPUTS = ("patch_tokens", "cls_tokens", "patch_tokens_norm", "cls_tokens_norm")
 _ONNX_INLINE = 2**30  # bytes of weights kept in the file itself; the format ends at 2 GiB
+_TIMM_FILES = (".pth", ".pt", ".bin", ".safetensors")
+_TIMM_MODEL = "vit_base_patch16_224"  # the entry whose sizes our arguments replace
 _BICUBIC = 3  # of PIL.Image.Resampling
 
 
@@ -29,6 +33,7 @@ def export(
     to: str,
     batch: int | None = None,
     size: tuple[int, int] | None = None,
+    cls: str = "all",
 ) -> str:
     """Write an encoder for another library, in the precision its weights have.
 
@@ -36,13 +41,15 @@ def export(
         model: a `PixioViT`; `pixio.from_pretrained(source, dtype=None)` keeps the precision of its source.
         target: file or folder to make; its parent exists, itself it does not.
         to: `pth` (the released keys), `safetensors` (likewise), `transformers` (a folder for `AutoModel`,
-            `AutoBackbone` and `AutoImageProcessor` of every version with Pixio), `timm` (for a
-            `VisionTransformer` with registers; as safetensors if the target ends so) or `onnx` (float32).
+            `AutoBackbone` and `AutoImageProcessor` of every version with Pixio), `timm` (a
+            `VisionTransformer` with registers: a file if the target ends in .pth or .safetensors, else a
+            folder with its configuration) or `onnx` (float32).
         batch: images per batch of an `onnx` model; None = any number.
         size: (height, width) in pixels of its images; None = any multiples of the patch size.
+        cls: `all` class tokens, or `mean`: one in their place, for code that expects a single one.
 
     Returns:
-        A line of Python that loads the result.
+        A line of Python that loads the result, and below it comments on what differs from Pixio's own.
 
     Raises:
         ValueError: an unknown format, or one that cannot hold this model.
@@ -53,34 +60,114 @@ def export(
     target = Path(target)
     if to != "onnx" and (batch or size):
         raise ValueError(f"batch and size belong to onnx; a {to} model takes any")
+    remarks = []
+    if cls == "mean" and model.n_cls_tokens > 1:
+        remarks.append(
+            f"one class token, the mean of {model.n_cls_tokens}: the others are lost, and with them a part "
+            "of what patches attend to, so that all features differ somewhat; measure before use"
+        )
+        model = with_mean_class_token(model)
     if to == "onnx":
         write_onnx(model.float(), target, batch, size)
-        return f"onnxruntime.InferenceSession({str(target)!r})"
+        return _lines(f"onnxruntime.InferenceSession({str(target)!r})", remarks)
     state, sizes = model.state_dict(), {**sizes_of(model), "num_heads": model.num_heads}
-    with temporary_path(target) as path:
+    with temporary_path(target, sum(value.nbytes for value in state.values())) as path:
         if to == "transformers":
             _write_transformers(state, sizes, path)
-            return f"transformers.AutoModel.from_pretrained({str(target)!r})"
-        if to == "timm":
-            _write_tensors(key_mapping.to_timm(state), path, target.suffix == ".safetensors")
-            arguments = ", ".join(f"{key}={value!r}" for key, value in timm_arguments(sizes).items())
-            return f"timm.create_model({arguments}, checkpoint_path={str(target)!r})"
-        _write_tensors(state, path, to == "safetensors")
-        return f"pixio.from_pretrained({str(target)!r})"
+            line = f"transformers.AutoModel.from_pretrained({str(target)!r})"
+            remarks += _transformers_remarks(model)
+        elif to == "timm":
+            line = _write_timm(state, sizes, path, target)
+            remarks += _timm_remarks(model)
+        else:
+            _write_tensors(state, path)
+            line = f"pixio.from_pretrained({str(target)!r})"
+    return _lines(line, remarks)
+
+
+def _lines(line: str, remarks: list[str]) -> str:
+    return "\n".join([line, *(f"# {remark}" for remark in remarks)])
+
+
+def with_mean_class_token(model: nn.Module) -> nn.Module:
+    """A copy of a `PixioViT` whose only class token, with its position, is the mean of all."""
+    model = copy.deepcopy(model)
+    count = model.n_cls_tokens
+    with torch.no_grad():
+        tokens, positions = model.pos_embed[:, :count], model.pos_embed[:, count:]  # [1, C, D], [1, N, D]
+        model.cls_token = nn.Parameter(model.cls_token.mean(1, keepdim=True))  # [1, 1, D]
+        model.pos_embed = nn.Parameter(torch.cat([tokens.mean(1, keepdim=True), positions], dim=1))
+    model.n_cls_tokens = 1
+    return model
 
 
 def timm_arguments(sizes: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `timm.create_model` for a model that an encoder of these sizes loads into.
+    """Arguments of a timm `VisionTransformer` that an encoder of these sizes loads into.
 
     Args:
         sizes: all arguments of `PixioViT`.
     """
+    registers = {"reg_tokens": sizes["n_cls_tokens"] - 1}
+    return registers | {key: value for key, value in sizes.items() if key != "n_cls_tokens"}
+
+
+def _timm_config(sizes: dict[str, Any]) -> dict[str, Any]:
+    """What timm's `resolve_model_data_config` and its loader are told of an encoder."""
+    side = sizes["img_size"]
+    height, width = (side, side) if isinstance(side, int) else side
     return {
-        "model_name": "vit_base_patch16_224",
+        "input_size": (sizes["in_chans"], height, width),
+        "fixed_input_size": True,
+        "mean": tuple(IMAGENET_MEAN),
+        "std": tuple(IMAGENET_STD),
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "crop_mode": "squash",
         "num_classes": 0,
-        "reg_tokens": sizes["n_cls_tokens"] - 1,
-        **{key: value for key, value in sizes.items() if key != "n_cls_tokens"},
+        "classifier": "head",
+        "first_conv": "patch_embed.proj",
     }
+
+
+def _write_timm(state: State, sizes: dict[str, Any], path: Path, target: Path) -> str:
+    """Write a file or a folder for timm; returns the line that loads it."""
+    arguments, config = timm_arguments(sizes), _timm_config(sizes)
+    if target.suffix in _TIMM_FILES:
+        _write_tensors(key_mapping.to_timm(state), path)
+        given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        overlay = config | {"file": str(target), "custom_load": False}
+        return (
+            f"timm.create_model({_TIMM_MODEL!r}, pretrained=True, num_classes=0, {given}, "
+            f"pretrained_cfg_overlay={overlay!r})"
+        )
+    path.mkdir()
+    _write_tensors(key_mapping.to_timm(state), path / "model.safetensors")
+    content = {"architecture": _TIMM_MODEL, "num_classes": 0, "num_features": sizes["embed_dim"]}
+    write_json(path / "config.json", content | {"pretrained_cfg": config, "model_args": arguments})
+    return f"timm.create_model('local-dir:{target}', pretrained=True)"
+
+
+def _timm_remarks(model: nn.Module) -> list[str]:
+    remarks = [
+        "at another img_size timm resizes positions with another kernel: features differ by some 0.1 %"
+    ]
+    if model.n_cls_tokens > 1:
+        remarks.append(
+            f"timm pools the first of the {model.n_cls_tokens} class tokens; the recommended embedding is "
+            f"their mean: model.forward_features(images)[:, :{model.n_cls_tokens}].mean(1)"
+        )
+    return remarks
+
+
+def _transformers_remarks(model: nn.Module) -> list[str]:
+    height, width = model.img_size
+    tokens = model.n_cls_tokens + height * width // model.patch_size**2
+    states = (len(model.blocks) + 1) * tokens * model.embed_dim * 4 / 2**20
+    return [
+        f"outputs.hidden_states is filled: {states:.3g} MiB per image of {height}x{width} in float32; "
+        "output_hidden_states=False in the call or in from_pretrained switches it off",
+        f"transformers before 5.9 takes images of {height}x{width} only",
+    ]
 
 
 def write_onnx(
@@ -110,18 +197,54 @@ def write_onnx(
     images = torch.zeros(batch or 2, model.in_chans, *size)
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     check_target(target, "onnx")
-    with temporary_path(Path(target)) as path:
-        torch.onnx.export(
-            _LastBlock(model).eval(),
-            (images,),
-            path,
-            dynamo=True,
-            verbose=False,
-            input_names=["images"],
-            output_names=ONNX_OUTPUTS,
-            dynamic_shapes={"images": dynamic},
-            external_data=weight_bytes > _ONNX_INLINE,
-        )
+    program = torch.onnx.export(
+        _LastBlock(model).eval(),
+        (images,),
+        dynamo=True,
+        verbose=False,
+        input_names=["images"],
+        output_names=ONNX_OUTPUTS,
+        dynamic_shapes={"images": dynamic},
+    )
+    if 2 in dynamic:
+        _check_multiples(program.model.graph, model.patch_size)
+    facts = {
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+        "size": model.img_size if 2 in dynamic else size,
+        "patch_size": model.patch_size,
+        "n_cls_tokens": model.n_cls_tokens,
+    }
+    program.model.metadata_props.update({name: json.dumps(value) for name, value in facts.items()})
+    with temporary_path(Path(target), weight_bytes) as path:
+        program.save(path, external_data=weight_bytes > _ONNX_INLINE)
+
+
+def _check_multiples(graph: Any, patch_size: int) -> None:
+    """Make `images` of any size fail where the patch size does not divide it, instead of losing its border.
+
+    ONNX has no assertion: the remainders index a list of one zero, which is added to the images, and the name
+    of the node is the message.
+    """
+    import onnx_ir as ir
+
+    (images,) = graph.inputs
+    uses = list(images.uses())
+    constants = {"patch": [patch_size], "zero": [0.0], "axes": [0]}
+    types = {"patch": torch.int64, "zero": torch.float32, "axes": torch.int64}
+    values = {
+        name: ir.node("Constant", [], {"value": ir.tensor(torch.tensor(value, dtype=types[name]).numpy())})
+        for name, value in constants.items()
+    }
+    sides = ir.node("Shape", [images], {"start": 2, "end": 4})
+    rests = ir.node("Mod", [sides.outputs[0], values["patch"].outputs[0]])
+    name = f"height_and_width_of_images_must_be_multiples_of_{patch_size}"
+    zeros = ir.node("Gather", [values["zero"].outputs[0], rests.outputs[0]], {"axis": 0}, name=name)
+    zero = ir.node("ReduceSum", [zeros.outputs[0], values["axes"].outputs[0]], {"keepdims": 0})
+    checked = ir.node("Add", [images, zero.outputs[0]])
+    graph.insert_before(graph[0], [*values.values(), sides, rests, zeros, zero, checked])
+    for node, index in uses:
+        node.replace_input_with(index, checked.outputs[0])
 
 
 class _LastBlock(nn.Module):
@@ -134,7 +257,7 @@ class _LastBlock(nn.Module):
         return tuple(features[name] for name in ONNX_OUTPUTS)
 
 
-def _write_tensors(state: State, path: Path, safe: bool) -> None:
+def _write_tensors(state: State, path: Path) -> None:
     # Views would drag all of their storage into a torch file, and safetensors refuses them.
     state = {
         key: value
@@ -142,7 +265,7 @@ def _write_tensors(state: State, path: Path, safe: bool) -> None:
         else value.clone(memory_format=torch.contiguous_format)
         for key, value in state.items()
     }
-    if safe:
+    if path.suffix == ".safetensors":
         from pixio.engine.tensor_files import write_safetensors  # here, so that light uses stay light
 
         write_safetensors(state, path, {"format": "pt"})
@@ -160,6 +283,7 @@ def _write_transformers(state: State, sizes: dict[str, Any], folder: Path) -> No
         "dtype": str(dtype).removeprefix("torch."),
         "num_attention_heads": sizes["num_heads"],
         "mlp_ratio": int(sizes["mlp_ratio"]),
+        "output_hidden_states": True,  # the examples of transformers' documentation read them
     }
     preprocessor = {
         "image_processor_type": "BitImageProcessor",
@@ -175,7 +299,7 @@ def _write_transformers(state: State, sizes: dict[str, Any], folder: Path) -> No
         "image_std": IMAGENET_STD,
     }
     folder.mkdir()
-    _write_tensors(key_mapping.to_transformers(state), folder / "model.safetensors", safe=True)
+    _write_tensors(key_mapping.to_transformers(state), folder / "model.safetensors")
     for name, content in (("config.json", config), ("preprocessor_config.json", preprocessor)):
         write_json(folder / name, content)
 
