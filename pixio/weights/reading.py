@@ -97,7 +97,7 @@ def _check_kind(path: Path) -> None:
     with path.open("rb") as file:
         head = file.read(64)
     is_safetensors = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
-    is_torch = head.startswith((b"PK", b"\x80"))
+    is_torch = not is_safetensors and head.startswith((b"PK", b"\x80"))
     if head.startswith(b"version https://git-lfs"):
         kind = "a Git LFS pointer in the place of the weights: run `git lfs pull` where it was cloned"
     elif head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
