@@ -6,7 +6,6 @@ yourself; the last is the probes below. Scenes, training and evaluations that ar
 that a second `make demo` resumes. Everything lies in `runs/demo`.
 """
 
-import json
 import shlex
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pixio
-from pixio.files import write_atomic
+from pixio.files import read_json, write_json, write_text
 from pixio.images.normalization import normalize
 from pixio.models.mae import patchify
 from pixio.synthetic.scenes import CLASS_NAMES, LABEL_NAMES, render
@@ -87,7 +86,7 @@ def main() -> None:
     step("4. Extract features")
     run(f"-m pixio features {photos} --pretrained {encoder} --size {SIZE} --output {OUT}/features.npz")
 
-    step("5. Distil it into a smaller one")
+    step("5. Distill it into a smaller one")
     run(DISTILL)
 
     step("6. Evaluate with the published protocol: k-NN, linear depth, linear segmentation")
@@ -102,23 +101,22 @@ def main() -> None:
     probes = measure(encoder, student)
 
     tables = f"{markdown(probes)}\n{markdown(protocol)}"
-    results = {"probes": probes, "protocol": protocol}
-    write_atomic(OUT / "tables.json", lambda file: file.write(json.dumps(results, indent=2).encode()))
-    write_atomic(OUT / "tables.md", lambda file: file.write(tables.encode()))
+    write_json(OUT / "tables.json", {"probes": probes, "protocol": protocol})
+    write_text(OUT / "tables.md", tables)
     print(
         f"\n{tables}\nIn {OUT}: loss.png, reconstruction.png, pca.png, features.npz, tables.md, evaluation/*/"
     )
 
 
 def evaluate(name: str, encoder: str) -> dict[str, float]:
-    """The last figures of the three evaluation programs for an encoder, given as its flags."""
+    """The last metrics of the three evaluation programs for an encoder, given as its flags."""
     row = {}
     for task, (program, metric, flags) in EVALUATIONS.items():
         output = OUT / "evaluation" / f"{name.replace(' ', '_')}_{task}"
         dense = "" if program == "eval_knn" else DENSE
         dense += f" --num_workers 1 --output_dir {output}"
         run(f"evaluation/{program}.py --encoder {encoder} {flags} {dense}")
-        results = json.loads((output / "results.json").read_text())
+        results = read_json(output / "results.json")
         row[f"{task} {metric}"] = (results["last"] if "last" in results else results["k"]["10"])[metric]
     return row
 
@@ -208,7 +206,7 @@ def probe(view, train: dict[str, Tensor], test: dict[str, Tensor]) -> dict[str, 
 
 
 def ridge(x: Tensor, y: Tensor, x_test: Tensor, strength: float = 1e-5) -> Tensor:
-    """Penalised least squares on standardised features x [n, D], y [n, K] -> [m, K] for x_test [m, D]."""
+    """Penalized least squares on standardized features x [n, D], y [n, K] -> [m, K] for x_test [m, D]."""
     mean, std = x.mean(dim=0), x.std(dim=0) + 1e-6
     a, b = (F.pad((features - mean) / std, (0, 1), value=1.0).double() for features in (x, x_test))
     gram = a.T @ a

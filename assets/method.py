@@ -21,7 +21,7 @@ from pixio.synthetic.scenes import render
 
 INK, QUIET, CHANGED = "#22303c", "#a3afb9", "#c8324a"
 ENCODER, DECODER = "#2e6f95", "#e09f3e"
-HIDDEN = 224  # grey of a masked pixel
+HIDDEN = 224  # gray of a masked pixel
 RENDERED = 448  # pixels of a scene: 14 x 14 and 16 x 16 patches both divide it
 SCENES = (28, 23, 16, 4)  # seeds; the first one is masked
 MASK_SEED = 3
@@ -102,7 +102,7 @@ def draw(axes: Axes, method: Method, y: float) -> None:
 
 
 def image(axes: Axes, pixels: np.ndarray, x: float, y: float) -> None:
-    """An image with its left edge at x, centred at the height y."""
+    """An image with its left edge at x, centered at the height y."""
     extent = (x, x + SIDE, y - SIDE / 2, y + SIDE / 2)
     axes.add_patch(
         Rectangle((x, y - SIDE / 2), SIDE, SIDE, facecolor="white", edgecolor="white", linewidth=3)
@@ -110,19 +110,19 @@ def image(axes: Axes, pixels: np.ndarray, x: float, y: float) -> None:
     axes.imshow(pixels, extent=extent, interpolation="antialiased", aspect="equal", zorder=1)  # as the frame
 
 
-def column(axes: Axes, x: float, y: float, number: int, colour: str) -> None:
+def column(axes: Axes, x: float, y: float, number: int, color: str) -> None:
     """Tokens, one below the other, filling the height of an image from above."""
     for i in range(number):
         bottom = y + SIDE / 2 - (i + 1) * SIDE / 8 + 0.03
-        box = FancyBboxPatch((x + 0.02, bottom), 0.14, 0.14, "round,pad=0.02", facecolor=colour, linewidth=0)
+        box = FancyBboxPatch((x + 0.02, bottom), 0.14, 0.14, "round,pad=0.02", facecolor=color, linewidth=0)
         axes.add_patch(box)
 
 
-def bars(axes: Axes, x: float, y: float, number: int, height: float, colour: str) -> float:
+def bars(axes: Axes, x: float, y: float, number: int, height: float, color: str) -> float:
     """Blocks, one behind the other; returns where they end."""
     for i in range(number):
         axes.add_patch(
-            Rectangle((x + i * PITCH, y - height / 2), 0.7 * PITCH, height, color=colour, linewidth=0)
+            Rectangle((x + i * PITCH, y - height / 2), 0.7 * PITCH, height, color=color, linewidth=0)
         )
     return x + number * PITCH
 
@@ -133,11 +133,11 @@ def arrow(axes: Axes, start: float, end: float, y: float) -> None:
     axes.add_patch(FancyArrowPatch((start + 0.06, y), (end - 0.06, y), shrinkA=0, shrinkB=0, **style))
 
 
-def caption(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
+def caption(axes: Axes, x: float, y: float, text: str, color: str) -> None:
     """Text below an image; what Pixio changed is bold."""
-    weight = "bold" if colour == CHANGED else "normal"
+    weight = "bold" if color == CHANGED else "normal"
     style = {"size": 10.5, "ha": "center", "va": "top", "linespacing": 1.35}
-    axes.text(x, y - SIDE / 2 - 0.14, text, color=colour, weight=weight, **style)
+    axes.text(x, y - SIDE / 2 - 0.14, text, color=color, weight=weight, **style)
 
 
 def main() -> None:

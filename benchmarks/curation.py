@@ -12,7 +12,6 @@ Prints the share of each kind that a pass keeps, and the loss of both models on 
 
 import argparse
 import io
-import json
 import shlex
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from pixio.files import read_json
 from pixio.synthetic.scenes import render
 
 ROOT = Path(__file__).resolve().parents[1] / "pretraining"
@@ -39,17 +39,17 @@ def scene(number: int) -> Image.Image:
 
 
 def graphic(number: int) -> Image.Image:
-    """A few shapes in plain colours, or a blend of two colours."""
+    """A few shapes in plain colors, or a blend of two colors."""
     rng = np.random.default_rng([1, number])
-    colours = [tuple(map(int, colour)) for colour in rng.integers(0, 256, (9, 3))]
-    image = Image.new("RGB", (SIDE, SIDE), colours[0])
+    colors = [tuple(map(int, color)) for color in rng.integers(0, 256, (9, 3))]
+    image = Image.new("RGB", (SIDE, SIDE), colors[0])
     if number % 3 == 0:
         ramp = Image.linear_gradient("L").resize((SIDE, SIDE)).rotate(90 * int(rng.integers(4)))
-        return Image.composite(Image.new("RGB", (SIDE, SIDE), colours[1]), image, ramp)
+        return Image.composite(Image.new("RGB", (SIDE, SIDE), colors[1]), image, ramp)
     pen = ImageDraw.Draw(image)
-    for colour in colours[1 : rng.integers(3, 10)]:
+    for color in colors[1 : rng.integers(3, 10)]:
         corners = np.sort(rng.integers(0, SIDE, (2, 2)), axis=0).flatten().tolist()
-        (pen.rectangle if rng.random() < 0.5 else pen.ellipse)(corners, fill=colour)
+        (pen.rectangle if rng.random() < 0.5 else pen.ellipse)(corners, fill=color)
     return image
 
 
@@ -91,7 +91,7 @@ def run(script: str, *flags: str | Path) -> None:
 def statistics(folder: Path) -> dict[str, dict]:
     """Records by member name."""
     files = folder.glob("*/*.json")
-    return {name: record for file in files for name, record in json.loads(file.read_text()).items()}
+    return {name: record for file in files for name, record in read_json(file).items()}
 
 
 def main() -> None:

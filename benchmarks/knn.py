@@ -1,6 +1,6 @@
 """k-NN of 5,000 queries in a bank of 128,000 vectors of width 1280, k = 10, 20, 100 and 200: three ways.
 
-    ours   one search for the largest k, in blocks, then all votes (evaluation/knn.py)
+    ours   one search for the largest k, in blocks, then all votes (pixio/features/knn.py)
     each   every k for itself, in 100 blocks of queries against the whole bank, as DINO's script does
            (https://github.com/facebookresearch/dino/blob/main/eval_knn.py)
     faiss  one search for the largest k in its exact index (pip install faiss-cpu), then our votes
@@ -77,11 +77,11 @@ def main() -> None:
     size, n_queries, width = 128_000 // share, 5_000 // share, 1280
 
     torch.manual_seed(0)
-    centres = torch.randn(CLASSES, width)
+    centers = torch.randn(CLASSES, width)
     labels = torch.arange(size) * CLASSES // size  # sorted by class, as a folder of images is
     targets = torch.arange(n_queries) * CLASSES // n_queries
-    bank = F.normalize(0.2 * centres[labels] + torch.randn(size, width), dim=1)
-    queries = F.normalize(0.2 * centres[targets] + torch.randn(n_queries, width), dim=1)
+    bank = F.normalize(0.2 * centers[labels] + torch.randn(size, width), dim=1)
+    queries = F.normalize(0.2 * centers[targets] + torch.randn(n_queries, width), dim=1)
 
     ways: dict[str, Callable[..., Tensor]] = {"ours": ours, "each": each}
     if importlib.util.find_spec("faiss"):

@@ -205,10 +205,7 @@ def _outline(surface: Array, normals: Array, lit: Array, height: int, width: int
     surface, lit = surface.reshape(height, width), lit.reshape(height, width)
     normals = normals.reshape(3, height, width)
     marked = np.zeros((height, width), bool)
-    for one, two in (
-        (np.s_[..., :-1, :], np.s_[..., 1:, :]),
-        (np.s_[..., :, :-1], np.s_[..., :, 1:]),
-    ):
+    for one, two in ((np.s_[..., :-1, :], np.s_[..., 1:, :]), (np.s_[..., :-1], np.s_[..., 1:])):
         change = (surface[one] != surface[two]) | (np.abs(lit[one] - lit[two]) > 0.2)
         change |= np.einsum("dhw,dhw->hw", normals[one], normals[two]) < 0.8
         marked[one] |= change
