@@ -29,6 +29,7 @@ from PIL import Image
 import pixio
 from pixio.engine.checkpoint import Checkpoints
 from pixio.engine.config import parse
+from pixio.engine.lock import lock_folder
 from pixio.engine.runtime import Runtime
 from pixio.engine.step import NonFiniteLoss
 from pixio.models.external import fingerprint
@@ -188,6 +189,12 @@ def test_a_run_of_before_an_option_existed_is_resumed(segmented, trees, monkeypa
     monkeypatch.setattr(Checkpoints, "load_latest", load_old)
     monkeypatch.setattr(training, "accumulate", None)
     assert metrics_of(eval_semseg.main(segmentation(trees, segmented[1]))) == metrics_of(segmented[0])
+
+
+def test_the_same_command_twice_at_once_is_refused(trees, tmp_path):
+    with lock_folder(tmp_path, ALONE), pytest.raises(SystemExit, match=f"{os.getpid()}"):
+        eval_semseg.main(segmentation(trees, tmp_path))
+    assert not (tmp_path / "results.json").exists()
 
 
 def test_another_run_in_the_same_folder_is_refused(segmented, trees):

@@ -19,6 +19,8 @@ from pixio.files import write_atomic
 def run(config: DenseConfig, task: Task, runtime: Runtime) -> dict[str, Any]:
     """Train a head on frozen features and evaluate it, or with `eval_only` evaluate a trained one.
 
+    Another run in the same folder is refused while this one lasts.
+
     Returns:
         What `results.json` in `--output_dir` holds; beside it lie `head.pth`, `panels.png`, `log.jsonl` and
         `checkpoints/`.

@@ -89,7 +89,9 @@ def inspect_depth(
         rows.append((path, counting, len(known), *limits))
     path, _, _, near, far = max(rows, key=lambda row: row[-1])
     if far == 0:
-        raise NothingScoredError(f"no depth is measured in {len(rows)} files such as {path}: all is 0")
+        raise NothingScoredError(
+            f"no depth is measured in {len(rows)} files such as {path}: all is 0, unknown"
+        )
     limits = f"--min_depth {min_depth:g}, --max_depth {max_depth:g}"
     remedy = _unit_remedy(path, far, max_depth, units_per_meter)
     found = f"{path} holds {near:.4g} to {far:.4g} m ({limits}): {remedy}"
