@@ -100,7 +100,7 @@ class Sampler:
     shards: int
     consumers: int
     seed: int
-    shuffle_shards: int = 8
+    shuffle_shards: int
     resumed_from: ResumedFrom | None = None
 
     @property
