@@ -81,7 +81,7 @@ def test_epochs_stay_exact_over_changes_of_topology(data, sizes, seed):
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 3000), st.integers(1, 1000))
 def test_consumers_get_epochs_of_nearly_equal_length(shards, consumers):
-    units = shards * Sampler(shards, consumers, 0).parts
+    units = shards * Sampler(shards, consumers, 0, 8).parts
     assert -(-units // consumers) <= 1.25 * (units // consumers)
 
 
@@ -107,5 +107,5 @@ def test_shards_and_samples_are_reshuffled_every_epoch():
 
 def test_another_seed_gives_another_order():
     entries = [Entry(str(i)) for i in range(50)]
-    groups = [Sampler(1, 1, seed).assign(0)[0][0] for seed in (0, 1)]
+    groups = [Sampler(1, 1, seed, 8).assign(0)[0][0] for seed in (0, 1)]
     assert groups[0].entries(lambda shard: entries) != groups[1].entries(lambda shard: entries)
