@@ -21,7 +21,6 @@ PRETRAIN = (
 )
 DISTILL = f"--teacher_model pixio_vitpico16 --teacher_pretrained pretrain/encoder.pth {TINY} --batch_size 2"
 STEPS = "--epochs 1 --iters_per_epoch 2 --warmup_epochs 0 --lr 1e-3 --dtype fp32"
-DENSE = "--crop_size 32 --epochs 1 --batch_size 1 --batches_per_step 1 --lr 1e-2 --device cpu --num_workers 0"
 PROMISES = {
     "core": [
         "-c 'import pixio, torch; from pixio.dense import DPTHead, LinearHead; torch.save("
@@ -40,16 +39,15 @@ PROMISES = {
         "-m pixio scenes imagenet-tars tars --train 8 --val 0 --size 64",
         f"{ROOT}/pretraining/main_pretrain.py {PRETRAIN} {STEPS} --output_dir pretrain",
         f"{ROOT}/distillation/main_distill.py {DISTILL} {STEPS} --data_path tars --output_dir distill"
-        " --student_models pixio_vitfemto16",
+        " --student_models pixio_vitfemto16 --mask_grid 2",
         f"{ROOT}/pretraining/submitit_pretrain.py --help",
     ],
     "eval": [
         "-m pixio scenes imagenet-folders folders --train 8 --val 2 --size 64",
         f"{ROOT}/evaluation/eval_knn.py --encoder pixio_vitpico16 --data_path folders {TINY} --nb_knn 3"
         " --output_dir knn",
-        "-m pixio scenes ade20k ade20k --train 2 --val 1 --size 48",
-        f"{ROOT}/evaluation/eval_semseg.py --config {ROOT}/evaluation/semseg/configs/ade20k_linear.yaml"
-        f" --encoder pixio_vitpico16 --data_root ade20k {DENSE} --output_dir semseg",
+        f"{ROOT}/evaluation/eval_monodepth.py --help",
+        f"{ROOT}/evaluation/eval_semseg.py --help",
     ],
 }
 

@@ -85,14 +85,14 @@ def distil(runtime: Runtime) -> list[float]:
     runtime.wrap(teacher)
     encoder = pixio.create_model("pixio_vitpico16", img_size=64)
     losses = {"loss_fn_cls": "cosine", "loss_fn_patch": "mse", "loss_fuse": "avg"}
-    lesson = Objective(encoder.grid, 0.5, 2, losses)
-    learner = StudentTrainer("pico", Student(encoder, teacher.embed_dim), lesson, 1e-3, runtime, 0.05)
+    objective = Objective(encoder.grid, 0.5, 2, losses)
+    trainer = StudentTrainer("pico", Student(encoder, teacher.embed_dim), objective, 1e-3, runtime, 0.05)
     found = []
     for step in range(STEPS):
         images, noise = step_data(step, runtime)
         batch = Batch(images, teacher_tokens(teacher, images, encoder.grid), noise)
         result = accumulate(
-            runtime, learner.model, learner.optimizer, learner.scaler, [batch], learner.lesson
+            runtime, trainer.model, trainer.optimizer, trainer.scaler, [batch], trainer.objective
         )
         found.append(result.loss.item())
     return found

@@ -1,5 +1,6 @@
 """What worker processes are reading, known even after one of them has died."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -44,7 +45,8 @@ def _leave_if_orphaned(parent: int) -> None:
 
 def what_dead_workers_read(statuses: Sequence[WorkerStatus]) -> list[str]:
     """What those worker processes were reading that are no more."""
-    time.sleep(1)  # a dying process closes its connections a moment before it is gone
+    with contextlib.suppress(RuntimeError):  # torch's handler of SIGCHLD may raise the death meanwhile
+        time.sleep(1)  # a dying process closes its connections a moment before it is gone
     alive = {os.getpid(), *(child.pid for child in multiprocessing.active_children())}
     return [str(status) for status in statuses if status.pid and status.pid not in alive]
 
