@@ -92,7 +92,7 @@ def distil(runtime: Runtime) -> list[float]:
         images, noise = step_data(step, runtime)
         batch = Batch(images, teacher_tokens(teacher, images, encoder.grid), noise)
         result = accumulate(
-            runtime, trainer.model, trainer.optimizer, trainer.scaler, [batch], trainer.objective
+            runtime, trainer.model, trainer.optimizer, trainer.scaler, [batch], trainer.loss_fn
         )
         found.append(result.loss.item())
     return found
