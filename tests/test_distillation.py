@@ -517,14 +517,14 @@ def run_rank(rank: int, folder: Path, root: Path) -> None:
         "sharded": f"--feature_cache {root}/sharded_features --parallel fsdp",
     }
     for name, flags in programs.items():
-        meeting = f"--world_size 2 --local_rank {rank} --dist_url file://{root}/{name}_meeting"
-        run(folder, flags, meeting, "--output_dir", root / name)
+        rendezvous = f"--world_size 2 --local_rank {rank} --dist_url file://{root}/{name}_rendezvous"
+        run(folder, flags, rendezvous, "--output_dir", root / name)
 
 
 def learn(rank: int, world_size: int, folder: Path) -> None:
     """Two steps of two students on this rank's share of eight images; then rank 1 meets a NaN."""
     torch.set_num_threads(1)
-    runtime = start_runtime("cpu", "fp32", world_size, rank, f"file://{folder}/meeting")
+    runtime = start_runtime("cpu", "fp32", world_size, rank, f"file://{folder}/rendezvous")
     torch.manual_seed(0)
     # In float64: where a gradient should be 0 (key biases), Adam makes whole steps of the rounding errors
     images, noise = torch.randn(3, 8, 3, 64, 64).double(), torch.rand(3, 8, 4)

@@ -160,7 +160,7 @@ def test_image_processor_prepares_images_as_we_do(folder, photo, tmp_path):
     photo.save(tmp_path / "photo.png")
     ours = pixio.transform(64)(tmp_path / "photo.png")
     theirs = AutoImageProcessor.from_pretrained(folder)(images=photo, return_tensors="pt")["pixel_values"]
-    assert (ours - theirs).abs().max() < 2.5 / 255 / 0.224  # both round to whole grey levels
+    assert (ours - theirs).abs().max() < 2.5 / 255 / 0.224  # both round to whole gray levels
 
 
 @torch.inference_mode()

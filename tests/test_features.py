@@ -41,7 +41,7 @@ SIDES = st.integers(1, 200)
 
 
 def photo(height, width, seed=0):
-    """Smooth colours, uint8 [H, W, 3]."""
+    """Smooth colors, uint8 [H, W, 3]."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)
     return np.array(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
@@ -216,13 +216,13 @@ def test_a_stopped_run_goes_on_with_the_parts_it_lacks(folder, encoder, tmp_path
 def test_two_ranks_share_the_parts_and_write_what_one_does(folder, encoder, tmp_path, monkeypatch):
     shards = find_images([str(folder)])
     write_folder(tmp_path / "one", extractor(encoder), shards, per_file=2)
-    meeting, values, written = threading.Barrier(2, timeout=60), [None, None], []
+    rendezvous, values, written = threading.Barrier(2, timeout=60), [None, None], []
 
     def gather(self, value):
         values[self.rank] = value
-        meeting.wait()
+        rendezvous.wait()
         found = list(values)
-        meeting.wait()
+        rendezvous.wait()
         return found
 
     write_part = FeatureStore._write

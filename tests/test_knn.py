@@ -142,7 +142,7 @@ def test_too_little_memory_says_how_much_is_needed():
 
 
 def write_images(root: Path, split: str, counts: dict[str, int], size: int = 32) -> None:
-    """Noise around a colour of its own for each class."""
+    """Noise around a color of its own for each class."""
     for number, (name, count) in enumerate(counts.items()):
         (root / split / name).mkdir(parents=True)
         rng = np.random.default_rng([number, len(split)])

@@ -221,7 +221,7 @@ def test_two_ranks_train_and_one_process_takes_over(trees, tmp_path):
 def mae_step(rank: int, world_size: int, folder: Path) -> None:
     """Two steps on this rank's share of eight images with fixed masks; rank 0 saves the weights."""
     torch.set_num_threads(1)
-    runtime = start_runtime("cpu", "fp32", world_size, rank, f"file://{folder}/meeting")
+    runtime = start_runtime("cpu", "fp32", world_size, rank, f"file://{folder}/rendezvous")
     torch.manual_seed(0)
     mae = pixio.create_model(MODEL, img_size=64, mask_grid=2)
     # Adam would make whole steps of the rounding errors of zero gradients, as those of the key biases

@@ -26,7 +26,9 @@ STEPS = 3
 def run_rank(rank: int, folder: Path) -> None:
     """All that is tried on two ranks, in one start of them; what each found is left in a file."""
     torch.set_num_threads(1)
-    runtime = start_runtime("cpu", "fp32", world_size=2, local_rank=rank, dist_url=f"file://{folder}/meeting")
+    runtime = start_runtime(
+        "cpu", "fp32", world_size=2, local_rank=rank, dist_url=f"file://{folder}/rendezvous"
+    )
     found = {}
 
     runtime.seed(7, rank)  # different first weights: rank 0's must reach the other

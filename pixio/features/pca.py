@@ -1,4 +1,4 @@
-"""What patch features show: the colours of a joint PCA, foreground, and similarities.
+"""What patch features show: the colors of a joint PCA, foreground, and similarities.
 
 Pure functions on the encoder's outputs. Letters: M patches of all images together, N patches of one image,
 C tokens, D width.
@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CLIPPED = 0.02  # share of the patches at either end of a component that the colours do not resolve
+_CLIPPED = 0.02  # share of the patches at either end of a component that the colors do not resolve
 
 
-class Colours(NamedTuple):
+class Colors(NamedTuple):
     """A joint PCA as pictures.
 
     maps: per image, float32 [3, h, w], 0 to 1: the first three components as red, green and blue.
-    foreground: per image, bool [h, w]; all True where no foreground was asked for. Colours of other patches
+    foreground: per image, bool [h, w]; all True where no foreground was asked for. Colors of other patches
         are extrapolated.
     explained: share of the features' variance in the three components, 0 to 1.
     """
@@ -28,14 +28,14 @@ class Colours(NamedTuple):
     explained: float
 
 
-def pca_colors(features: Sequence[Tensor], foreground: bool = False) -> Colours:
-    """Colour the patches of several images by one PCA, so that like patches look alike across the images.
+def pca_colors(features: Sequence[Tensor], foreground: bool = False) -> Colors:
+    """Color the patches of several images by one PCA, so that like patches look alike across the images.
 
     Args:
         features: per image, [D, h, w], sizes may differ.
-        foreground: leave the background out of the PCA. It is told by the first component of a first PCA,
-            cut where the two sides differ most (Otsu); the background is the side that meets more of
-            the images' borders.
+        foreground: leave the background out of the PCA. Patches are split at Otsu's threshold of the first
+            component of a PCA over all of them; the side that covers more of the images' borders is the
+            background.
 
     Raises:
         ValueError: fewer than four patches, or a foreground of so few.
@@ -52,12 +52,12 @@ def pca_colors(features: Sequence[Tensor], foreground: bool = False) -> Colours:
     scores = (patches - mean) @ loadings  # [M, 3], the background too, so that maps can be interpolated
     ends = torch.tensor([_CLIPPED, 1 - _CLIPPED], device=scores.device)
     low, high = scores[inside].quantile(ends, dim=0)
-    colours = ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)  # [M, 3]
+    colors = ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)  # [M, 3]
     maps = [
-        part.T.unflatten(1, grid) for part, grid in zip(colours.split(counts), grids, strict=True)
+        part.T.unflatten(1, grid) for part, grid in zip(colors.split(counts), grids, strict=True)
     ]  # [3, h, w] each
     masks = [part.unflatten(0, grid) for part, grid in zip(inside.split(counts), grids, strict=True)]
-    return Colours(maps, masks, explained)
+    return Colors(maps, masks, explained)
 
 
 def similarity(queries: Tensor, features: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class _NumpyValue:
         pass
 
 
-_HARMLESS = [  # the arguments in the release's checkpoints; Python 3.13 renamed the module of paths
+_ALLOWED_CLASSES = [  # the arguments in the release's checkpoints; Python 3.13 renamed the module of paths
     argparse.Namespace,
     (PosixPath, "pathlib.PosixPath"),
     (PosixPath, "pathlib._local.PosixPath"),
@@ -72,7 +72,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
-        with torch.serialization.safe_globals(_HARMLESS):
+        with torch.serialization.safe_globals(_ALLOWED_CLASSES):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         foreign = re.search(r"GLOBAL (\S+)", str(error))
