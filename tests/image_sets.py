@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import write_tar
 from PIL import Image
 
 from pixio.data import Loader, Stream, open_stream
@@ -25,16 +26,6 @@ def png(number: int) -> bytes:
 def numbers(batch: dict[str, torch.Tensor]) -> list[int]:
     pixels = batch["images"][:, :, 0, 0].long()  # [B, 3]
     return (pixels[:, 0] * 256 + pixels[:, 1]).tolist()
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def write_tars(root: Path, sizes: list[int], name: str = "set-train-{:03d}.tar") -> Path:

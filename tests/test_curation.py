@@ -14,7 +14,7 @@ import curate
 import numpy as np
 import pytest
 import torch
-from image_sets import write_tar
+from helpers import write_tar
 from PIL import Image, ImageDraw, ImageFont
 
 import pixio

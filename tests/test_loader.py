@@ -17,9 +17,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_sets import damage, encoded, numbers, photographs, png, stream_of, take, write_tar, write_tars
+from image_sets import damage, encoded, numbers, photographs, png, stream_of, take, write_tars
 from PIL import Image
 
 from pixio.data import DataError, Loader, open_stream

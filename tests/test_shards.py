@@ -9,7 +9,8 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-from image_sets import png, stream_of, take, write_tar, write_tars
+from helpers import write_tar
+from image_sets import png, stream_of, take, write_tars
 
 from pixio.data import Loader, find_shards, open_stream
 from pixio.data.tar_index import index_tar, read_member
