@@ -74,10 +74,17 @@ def test_fp16_on_a_cpu_is_refused():
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
-def test_autocast_computes_in_the_type_asked_for(dtype, expected):
+def test_autocast_computes_in_the_type_asked_for(monkeypatch, dtype, expected):
+    monkeypatch.setattr("pixio.engine.runtime._cpu_computes_bf16", lambda: True)
     runtime = start_runtime("cpu", dtype)
     with runtime.autocast():
         assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == expected
+
+
+def test_a_cpu_that_would_emulate_bf16_computes_in_float32_and_says_so(monkeypatch):
+    monkeypatch.setattr("pixio.engine.runtime._cpu_computes_bf16", lambda: False)
+    with pytest.warns(UserWarning, match="no bf16 arithmetic: computing in float32"):
+        assert start_runtime("cpu", "bf16").dtype == torch.float32
 
 
 @pytest.mark.parametrize(

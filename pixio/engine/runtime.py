@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from datetime import timedelta
@@ -137,6 +138,7 @@ def start_runtime(
     Args:
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", "mps".
         dtype: what autocast computes in, "bf16", "fp16" or "fp32" (no autocast). Weights are always float32.
+            On a CPU without bf16 instructions bf16 becomes fp32, with a warning.
         world_size: processes, all on this node, of a run started by hand; None or 1: the launcher knows.
         local_rank: which of them this is; None or -1: the launcher knows.
         dist_url: address of the rendezvous, as "tcp://127.0.0.1:29500"; None or "env://": MASTER_ADDR and
@@ -226,7 +228,15 @@ def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
         raise ValueError(f"unknown dtype {dtype!r}: choose {', '.join(DTYPES)}")
     if dtype == "fp16" and device.type == "cpu":
         raise ValueError("fp16 needs a GPU: on a CPU choose bf16 or fp32")
+    if dtype == "bf16" and device.type == "cpu" and not _cpu_computes_bf16():
+        warnings.warn("this CPU has no bf16 arithmetic: computing in float32", stacklevel=3)
+        return torch.float32
     on_gpu = device.type == "cuda"
     if dtype == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ValueError(f"{torch.cuda.get_device_name(device)} has no bf16 arithmetic: choose fp16 or fp32")
     return DTYPES[dtype]
+
+
+def _cpu_computes_bf16() -> bool:
+    """Whether matrix products have bf16 instructions here; torch emulates them in a loop otherwise."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
