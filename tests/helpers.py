@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,6 +101,40 @@ def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
+
+
+def interrupt_twice(module: str, holder: str, flags: list[str]) -> tuple[int, str]:
+    """Press Ctrl-C in a step of a program that never ends, and again; its exit status and stderr.
+
+    Args:
+        module: of the program.
+        holder: the module whose `accumulate` is the step.
+        flags: of the program.
+    """
+    code = (
+        f"import sys, time, {module}, {holder} as holder\n"
+        "holder.accumulate = lambda *_: (print('in a step', flush=True), time.sleep(600))\n"
+        f"{module}.main(sys.argv[1:])\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, flags)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        try:
+            while process.stdout.readline() not in ("in a step\n", ""):
+                pass
+            process.send_signal(signal.SIGINT)
+            said = ""
+            while "exits at once" not in said and (line := process.stderr.readline()):
+                said += line
+            process.send_signal(signal.SIGINT)
+            return process.wait(timeout=10), said
+        finally:
+            process.kill()
 
 
 # ------------------------------------------------------------------------------------------ launch scripts

@@ -23,10 +23,11 @@ from dense.data import StepSampler, open_split
 from dense.probe import build_probe
 from eval_monodepth import DepthConfig
 from eval_semseg import SegmentationConfig
-from helpers import ALONE, Killed, free_port, read_log
+from helpers import ALONE, Killed, free_port, interrupt_twice, latest_checkpoint, read_log
 from PIL import Image
 
 import pixio
+from pixio.engine import signals
 from pixio.engine.checkpoint import Checkpoints
 from pixio.engine.config import parse
 from pixio.engine.lock import lock_folder
@@ -165,6 +166,44 @@ def test_a_resumed_run_equals_an_uninterrupted_one(segmented, trees, tmp_path, m
     assert metrics_of(resumed) == metrics_of(segmented[0])
     heads = [torch.load(folder / "head.pth")["state"] for folder in (segmented[1], tmp_path)]
     assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
+
+
+@pytest.mark.parametrize(
+    ("number", "module", "function", "call", "step", "evaluated"),
+    [
+        (signal.SIGUSR2, training, "accumulate", 1, 1, []),  # in the first step
+        (signal.SIGTERM, testing, "predict", 2, 2, []),  # between the images of the first evaluation
+        (signal.SIGTERM, testing, "predict", 5, 4, [1]),  # of the last one
+    ],
+)
+def test_a_signal_saves_what_is_done_and_the_same_command_goes_on(
+    segmented, trees, tmp_path, monkeypatch, capsys, number, module, function, call, step, evaluated
+):
+    calls, original = iter(range(1, 100)), getattr(module, function)
+
+    def signalled(*arguments):
+        if next(calls) == call:
+            os.kill(os.getpid(), number)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(signals, "_received", set())
+        patch.setattr(module, function, signalled)
+        with pytest.raises(SystemExit) as stopped:
+            eval_semseg.main(segmentation(trees, tmp_path))
+    assert stopped.value.code == signals.EXIT_PREEMPTED
+    said = f"stopped by {number.name}: saved after step {step} of 4; the same command resumes"
+    assert said in capsys.readouterr().out
+    saved = latest_checkpoint(tmp_path)
+    assert (saved["step"], [row["epoch"] for row in saved["rows"]]) == (step, evaluated)
+    assert metrics_of(eval_semseg.main(segmentation(trees, tmp_path))) == metrics_of(segmented[0])
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_a_step_at_once(trees, tmp_path):
+    status, said = interrupt_twice("eval_semseg", "dense.training", segmentation(trees, tmp_path))
+    assert status == -signal.SIGINT
+    assert "Ctrl-C again exits at once" in said
 
 
 def test_a_finished_run_is_not_trained_again(segmented, trees, monkeypatch):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from helpers import interrupt_twice
 from PIL import Image
 
 import pixio
@@ -137,6 +138,14 @@ def test_a_signal_ends_the_run_after_its_step_and_the_same_command_goes_on(
     assert checkpoint_of(tmp_path / "stopped")["step"] == 3
     run(*flags, "--output_dir", tmp_path / "stopped")
     assert_equal_runs(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_a_step_at_once(trees, tmp_path):
+    flags = shlex.split(f"{TINY} {SHORT} --device cpu --output_dir {tmp_path}")
+    status, said = interrupt_twice("main_pretrain", "main_pretrain", [*flags, *trees["folder"]])
+    assert status == -signal.SIGINT
+    assert "Ctrl-C again exits at once" in said
 
 
 def test_a_finished_run_says_so_and_changes_nothing(trees, tmp_path, capsys):

@@ -56,6 +56,13 @@ def test_a_mistake_is_one_line_and_other_errors_pass():
         raise RuntimeError("failed")
 
 
+def test_ctrl_c_before_there_is_anything_to_save_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stopped, program("prog", "eval"):
+        raise KeyboardInterrupt
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "prog: interrupted\n"
+
+
 def test_a_missing_library_is_named_with_the_extra_that_brings_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     message = r"submitit is not installed: pip install 'pixio\[train\]' brings it"

@@ -13,6 +13,7 @@ from dense.training import train_head
 
 from pixio.engine.lock import lock_folder
 from pixio.engine.runtime import Runtime
+from pixio.engine.signals import defer_signals
 from pixio.files import write_atomic
 
 
@@ -33,7 +34,8 @@ def run(config: DenseConfig, task: Task, runtime: Runtime) -> dict[str, Any]:
             results = publish(probe, None, rows)
         else:
             train = open_split(task.data, config, "train", probe.size, runtime.is_main)
-            rows = train_head(probe, train)
+            with defer_signals():
+                rows = train_head(probe, train)
             if runtime.is_main:
                 trained = {
                     "identity": probe.identity,

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pixio.dense import slide
+from pixio.engine.signals import Preempted
 from pixio.images.normalization import normalize
 
 
@@ -39,7 +40,11 @@ def predict(probe: Probe, example: Example) -> Tensor:
 
 @torch.inference_mode()
 def evaluate(probe: Probe) -> dict[str, Any]:
-    """Collective: the metrics of all validation images, each seen by exactly one rank."""
+    """Collective: the metrics of all validation images, each seen by exactly one rank.
+
+    Raises:
+        Preempted: on all ranks, when one is asked to stop.
+    """
     runtime, scores = probe.runtime, probe.task.make_scores()
     indices = range(runtime.rank, len(probe.val), runtime.world_size)
     examples = whole_examples(probe.val, indices, probe.config.num_workers, runtime.pins_memory)
@@ -48,6 +53,9 @@ def evaluate(probe: Probe) -> dict[str, Any]:
     examples = tqdm(examples, "evaluate", len(indices), leave=False, disable=hidden)
     for index, example in zip(indices, examples, strict=True):
         scores.add(index, predict(probe, example), example.target.to(runtime.device))
+        everyone = index - runtime.rank + runtime.world_size <= len(probe.val)  # has an image in this round
+        if everyone and runtime.asked_to_stop():
+            raise Preempted
     probe.head.train()
     return scores.summarize(runtime.gather(scores.state))
 

@@ -16,7 +16,9 @@ from pixio.engine.checkpoint import Checkpoints, Interval, restore
 from pixio.engine.logger import Log
 from pixio.engine.optim import set_lr
 from pixio.engine.schedule import poly
+from pixio.engine.signals import Preempted
 from pixio.engine.step import NonFiniteLoss, accumulate
+from pixio.engine.training import say_stopped
 from pixio.images.normalization import normalize
 
 # Settings that change where and how fast a run goes, but not its metrics; others must be equal to resume it.
@@ -28,6 +30,9 @@ RESUME_IGNORES = (
 
 def train_head(probe: Probe, train: PairDataset) -> list[dict[str, Any]]:
     """Train the head to the end, evaluating on the way; resumes where an earlier run stopped.
+
+    Asked to stop, it saves and raises `Preempted`, after a step or between two images of an evaluation, which
+    the run that resumes then makes from its beginning.
 
     Returns:
         The metrics of every evaluation, with their `epoch`.
@@ -77,6 +82,20 @@ def train_head(probe: Probe, train: PairDataset) -> list[dict[str, Any]]:
             },
         )
 
+    def evaluate_if_due(step: int) -> bool:
+        """Evaluate after the last step of an epoch that asks for it, unless this has been done."""
+        epoch, within = divmod(step, sampler.steps_per_epoch)
+        asked = epoch > 0 and within == 0 and (epoch % config.eval_freq == 0 or epoch == config.epochs)
+        if not asked or epoch in (row["epoch"] for row in rows):
+            return False
+        rows.append({"epoch": epoch, "seconds": time.monotonic() - began, **evaluate(probe)})
+        if step < total:  # the last are published once the checkpoint is written
+            publish(probe, len(train), rows)
+        return True
+
+    if evaluate_if_due(start):  # what an earlier run was stopped in
+        save(start)
+
     # ---- loop
     log = Log(probe.output, total, runtime.is_main, start_step=start, every=config.log_freq)
     interval = Interval(runtime, minutes=config.save_minutes)
@@ -96,14 +115,16 @@ def train_head(probe: Probe, train: PairDataset) -> list[dict[str, Any]]:
         done = step + 1
         metrics = {"loss": result.loss, "lr": lr, "grad_norm": result.grad_norm, "memory": runtime.memory}
         log.step(done, done * sampler.per_step, waiting, **metrics)
-        epoch, within = divmod(done, sampler.steps_per_epoch)
-        if within == 0:
-            if epoch % config.eval_freq == 0 or epoch == config.epochs:
-                rows.append({"epoch": epoch, "seconds": time.monotonic() - began, **evaluate(probe)})
-                if done < total:  # the last are published once the checkpoint is written
-                    publish(probe, len(train), rows)
+        try:
+            if runtime.asked_to_stop():
+                raise Preempted
+            evaluate_if_due(done)
+        except Preempted:
             save(done)
-        elif interval.due(done):
+            say_stopped(runtime, done, total)
+            log.close()
+            raise
+        if done % sampler.steps_per_epoch == 0 or interval.due(done):
             save(done)
     log.close()
     return rows

@@ -10,7 +10,8 @@ from typing import Any, TextIO
 
 @contextmanager
 def program(name: str, extra: str, failures: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Run the body of a program: a mistake or a failure ends it with one line and exit status 1.
+    """Run the body of a program: a mistake or a failure ends it with one line and exit status 1, Ctrl-C with
+    130 where the body does not handle it.
 
     Args:
         name: of the program, in messages.
@@ -22,6 +23,9 @@ def program(name: str, extra: str, failures: tuple[type[Exception], ...] = ()) -
             yield
         except (ValueError, OSError, ImportError, *failures) as error:
             raise SystemExit(f"{name}: error: {explain(error, extra)}") from error
+        except KeyboardInterrupt:  # where nothing is saved yet
+            print(f"{name}: interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
 
 
 def explain(error: Exception, extra: str) -> str:

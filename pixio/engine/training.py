@@ -241,10 +241,16 @@ def save_when_due(
     kept = config.keep_every > 0 and step % config.keep_every == 0
     if stopping or interval.due(step) or last or kept:
         save(step, wait=stopping or last)
-    if stopping and runtime.is_main:
-        why = signals.names() or "a signal to another rank"
-        print(f"stopped by {why}: saved after step {step} of {config.total_steps}; the same command resumes")
+    if stopping:
+        say_stopped(runtime, step, config.total_steps)
     return stopping
+
+
+def say_stopped(runtime: Runtime, step: int, total_steps: int) -> None:
+    """Rank 0 says by what a run was stopped, and that its state after `step` is saved."""
+    if runtime.is_main:
+        why = signals.names() or "a signal to another rank"
+        print(f"stopped by {why}: saved after step {step} of {total_steps}; the same command resumes")
 
 
 def is_finished(config: TrainConfig, runtime: Runtime, step: int) -> bool:
