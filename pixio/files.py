@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -49,8 +50,17 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Write a JSON file that people can read, ending in a newline; see `write_atomic`."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    """Write a JSON file that people can read, ending in a newline; see `write_atomic` and `finite`."""
+    write_text(path, json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def finite(content: Any) -> Any:
+    """`content` with None for each number that is not finite: JSON knows none, but null."""
+    if isinstance(content, dict):
+        return {name: finite(part) for name, part in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [finite(part) for part in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def read_json(path: Path) -> dict[str, Any]:

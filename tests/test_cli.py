@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import get_type_hints
 import numpy as np
 import pytest
 import torch
+from helpers import write_tar
 from PIL import Image
 
 import pixio
+from pixio.cli.features import INCOMPLETE
 from pixio.cli.main import COMMANDS, main
 from pixio.engine.checkpoint import Checkpoints
 from pixio.engine.config import parse
@@ -294,6 +297,26 @@ def test_features_go_on_in_a_folder_and_tell_what_was_there(capsys):
     main(shlex.split(command))
     assert "0 images -> stored" in (again := capsys.readouterr().out)
     assert "and 2 from before" in again
+
+
+def test_images_that_cannot_be_read_are_left_out_and_the_exit_status_says_so(here, capsys):
+    (here / "bad").mkdir()
+    shutil.copy("a.png", "bad/a.png")
+    Path("bad/b.png").write_bytes(b"not an image")
+    tar = write_tar(here / "bad/c.tar", {"c.png": Path("a.png").read_bytes(), "d.png": b"1" * 2000})
+    tar.write_bytes(tar.read_bytes()[:-10_000])  # inside of d.png
+    command = "features bad --pretrained pico.pth --size 16 --arrays embedding --output"
+    with pytest.warns(UserWarning, match="c.tar: cut off"), pytest.raises(SystemExit) as ended:
+        main(shlex.split(f"{command} some"))
+    assert ended.value.code == INCOMPLETE
+    assert "2 images or tars cannot be read whole, first bad/c.tar: cut off" in capsys.readouterr().err
+    lines = [json.loads(line) for line in (here / "some/index.jsonl").read_text().splitlines()]
+    assert {line["image"]: "error" in line for line in lines} == {
+        "bad/a.png": False,
+        "bad/b.png": True,
+        "bad/c.tar/c.png": False,
+    }
+    shutil.rmtree("bad")
 
 
 @pytest.mark.parametrize(

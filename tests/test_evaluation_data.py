@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zlib
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from dense.data import (
     StepSampler,
     _oddities,
     crop_and_flip,
+    describe_turn,
     open_split,
     read_photo,
     train_batches,
@@ -363,6 +365,19 @@ def test_palette_masks_give_class_numbers(tmp_path):
     image.putpalette([channel for color in range(256) for channel in (255 - color, color, 0)])
     image.save(tmp_path / "m.png")
     assert read_mask(tmp_path / "m.png").tolist() == [[0, 3], [255, 1]]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "I;16"])
+def test_large_color_profiles_cost_no_target(tmp_path, mode):
+    values = np.array([[0, 3], [255, 1]], np.uint16 if mode == "I;16" else np.uint8)
+    image = Image.frombytes(mode, (2, 2), values.tobytes())
+    if mode == "P":
+        image.putpalette(range(256))
+    profile = np.random.default_rng(0).bytes(3_000_000)
+    image.save(tmp_path / "m.png", icc_profile=profile)
+    read = partial(read_depth, units_per_meter=1) if mode == "I;16" else read_mask
+    assert read(tmp_path / "m.png").tolist() == values.tolist()
+    assert describe_turn(tmp_path / "m.png") == ""
 
 
 def png_of(values: np.ndarray, bits: int, palette: bool) -> bytes:

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import math
 import os
 import re
 import resource
@@ -17,7 +18,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from pixio.files import disk_full, remove_leftovers, require_free, temporary_path, write_atomic, write_json
+from pixio.files import (
+    disk_full,
+    read_json,
+    remove_leftovers,
+    require_free,
+    temporary_path,
+    write_atomic,
+    write_json,
+)
 
 TENSOR, PIXELS = torch.ones(2**15), np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8)
 WRITERS = {
@@ -125,6 +134,13 @@ def test_json_is_readable_by_people_and_ends_in_a_newline(tmp_path):
     assert json.loads(text) == {"a": [1, None]}
     assert text.startswith("{\n  ")
     assert text.endswith("}\n")
+
+
+def test_numbers_that_json_does_not_know_become_null(tmp_path):
+    content = {"iou": [1.5, math.nan, np.float64("nan")], "best": {"rmse": math.inf}, "n": (1, True, "nan")}
+    write_json(tmp_path / "a.json", content)
+    found = read_json(tmp_path / "a.json")
+    assert found == {"iou": [1.5, None, None], "best": {"rmse": None}, "n": [1, True, "nan"]}
 
 
 def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path):

@@ -171,6 +171,21 @@ def test_the_environment_of_weights_and_biases_wins(tmp_path, wandb, monkeypatch
     assert (wandb.started[0]["project"], wandb.started[0]["id"]) == ("mine", "abc")
 
 
+def test_a_service_that_does_not_start_is_one_line_and_training_goes_on(tmp_path, wandb, monkeypatch, capsys):
+    def refuse(**_):
+        raise RuntimeError("api_key not configured (no-tty).\n  call wandb.login(key=[your_api_key])")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    log = Log(tmp_path, total_steps=5, is_main=True, every=1, wandb=True)
+    log.step(1, images=8, loss=0.5)
+    log.close()
+    said = capsys.readouterr().err
+    expected = "Weights & Biases cannot be written, training continues: api_key not configured (no-tty). call"
+    assert said.startswith(expected)
+    assert said.count("\n") == 1
+    assert '"loss": 0.5' in (tmp_path / "log.jsonl").read_text()
+
+
 def test_a_service_that_fails_is_reported_once_and_ends_nothing(tmp_path, wandb, monkeypatch, capsys):
     log = Log(tmp_path, total_steps=5, is_main=True, every=1, wandb=True)
     monkeypatch.setattr(wandb, "log", lambda *_, **__: 1 / 0)

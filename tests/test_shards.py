@@ -18,6 +18,20 @@ from pixio.images.decoding import DamagedDataError
 from pixio.images.listing import IMAGE_SUFFIXES
 
 
+@pytest.mark.parametrize("link", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_links_beside_the_images_of_a_tar_are_counted_and_said(tmp_path, link):
+    write_tar(tmp_path / "set-train-000.tar", {"0.png": png(0), "1.png": png(1)})
+    with tarfile.open(tmp_path / "set-train-000.tar", "a") as tar:
+        for name in ("2.png", "3.png", "3.txt"):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = link, "0.png"
+            tar.addfile(member)
+    loader = Loader(open_stream("imagenet", str(tmp_path), size=4, batch_size=2))
+    assert sorted(take(loader, 1)[0]) == [0, 1]
+    assert loader.counts["incomplete_shard"] == 1
+    assert "set-train-000.tar: of 4 images 2 are links, which tar --dereference" in loader.errors[0]
+
+
 def test_imagenet_reads_train_tars_directly_in_the_folder(tmp_path):
     write_tars(tmp_path, [2, 3])
     write_tar(tmp_path / "set-validation-000.tar", {"a.png": png(900)})

@@ -19,6 +19,7 @@ import pixio
 from pixio import PixioViT
 from pixio.models.registry import initialize_from
 from pixio.weights.export import export
+from pixio.weights.reading import read_file, training_config
 
 OPTIONS = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 3, "n_cls_tokens": 3}
 NAME = "pixio_vitx16_enc48x2h3_dec32x2h2"
@@ -374,6 +375,21 @@ def test_a_torch_file_named_safetensors_is_named(mae, tmp_path):
 def test_numpy_values_beside_weights_are_skipped(mae, tmp_path, value):
     torch.save({"model": mae.state_dict(), "best": value, "args": {"lr": value}}, tmp_path / "w.pth")
     assert_same_weights(small_encoder(tmp_path / "w.pth"), mae.encoder)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.int32])
+def test_numpy_values_in_the_configuration_of_a_checkpoint_count(mae, tmp_path, kind):
+    config = {
+        "mask_grid": kind(2),
+        "norm_pix_loss": np.bool_(False),
+        "model": np.str_(NAME),
+        "lr": np.ones(2),
+    }
+    torch.save({"model": mae.state_dict(), "args": argparse.Namespace(**config)}, tmp_path / "w.pth")
+    loaded = pixio.load_mae(tmp_path / "w.pth")
+    assert (loaded.mask_grid, loaded.norm_pix_loss) == (2, False)
+    assert loaded(torch.zeros(1, 3, 64, 64)).mask.sum() == 12
+    assert training_config(read_file(tmp_path / "w.pth")) == config | {"lr": None}
 
 
 # --- folders and the Hugging Face hub

@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from dense.config import DenseConfig
 from dense.listing import Listing, Pair, read_split_file
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pixio.images.decoding import DamagedDataError, decode, orientation
+from pixio.images.decoding import DamagedDataError, decode, read_turn
 
 _INSPECTED = (
     16,
@@ -167,8 +166,7 @@ def _oddities(source: DataSource, data: PairDataset, applies_exif: bool) -> Iter
 
 def describe_turn(path: Path) -> str:
     """What EXIF says of how the camera was held, where it was not upright; else nothing."""
-    with Image.open(path) as image:
-        turn = orientation(image.info.get("exif"))
+    turn = read_turn(path.read_bytes())
     return "" if turn == 1 else f"EXIF turns {path} (orientation {turn}), --apply_exif applies it"
 
 

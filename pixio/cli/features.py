@@ -9,6 +9,8 @@ from pixio.cli.common import FIT, EncoderOptions
 from pixio.engine.config import option
 from pixio.images.inference import Fit
 
+INCOMPLETE = 3  # exit status: done, but for images that cannot be read
+
 
 @dataclass(frozen=True, kw_only=True)
 class Features(EncoderOptions):
@@ -19,7 +21,8 @@ class Features(EncoderOptions):
       embedding     mean class token [D], the recommended global embedding
       cls_tokens    all class tokens [C, D]
       mean_patch    mean patch token [D]
-    With --blocks they begin with an axis of blocks.
+    With --blocks they begin with an axis of blocks. Images that cannot be read are left out of a folder and
+    named in its index.jsonl; the exit status then is 3.
     """
 
     example = "photos/ --pretrained pixio_vith16.pth --output features --workers 8"
@@ -88,6 +91,8 @@ class Features(EncoderOptions):
                 earlier = f", and {done.earlier} from before" if done.earlier else ""
                 print(f"{done.computed} images -> {self.output}, {speed:.3g} images/s{earlier}")
                 if done.errors:
-                    print(f"{len(done.errors)} cannot be read, first {done.errors[0]}", file=sys.stderr)
+                    number = f"{len(done.errors)} images or tars"
+                    print(f"{number} cannot be read whole, first {done.errors[0]}", file=sys.stderr)
+                    raise SystemExit(INCOMPLETE)
         finally:
             runtime.close()

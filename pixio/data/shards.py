@@ -24,7 +24,7 @@ FIRST_SCENE = 1 << 62  # far from the seeds of written scene trees, so that held
 class OpenShard(NamedTuple):
     """An open shard: its index, and how to read one entry (encoded bytes, or uint8 pixels [H, W, 3]).
 
-    `damage` says what else it held and has lost; empty if nothing.
+    `damage` says what else it held and has lost, or only links to; empty if nothing.
     """
 
     entries: Sequence[Entry]

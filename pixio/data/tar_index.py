@@ -22,7 +22,7 @@ class Entry(NamedTuple):
 
 
 class TarIndex(NamedTuple):
-    """The image members of a tar, and what is wrong with the rest of it, if anything is.
+    """The image members of a tar, and which others it has lost or only links to, if any (`damage`).
 
     `extents` has the parts of sparse members that are stored, by offset: (place in the image, bytes) of each.
     """
@@ -35,8 +35,8 @@ class TarIndex(NamedTuple):
 def index_tar(file: BinaryIO, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> TarIndex:
     """List the image members of an uncompressed tar, and of those that are appended to it.
 
-    Only regular files count: links point elsewhere, and names are labels that are never opened. Of a tar that
-    is cut off or damaged the members before the damage are listed.
+    Only regular files are listed: links point elsewhere (those called as images are counted), and names are
+    labels that are never opened. Of a tar that is cut off or damaged the members before the damage are.
 
     Args:
         file: the tar.
@@ -74,11 +74,15 @@ def index_tar(file: BinaryIO, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Tar
         damage = str(error) or "a header claims an impossible size"
     if not entries and damage:
         raise DamagedDataError(f"not a readable tar: {damage}")
+    left_out = f"{links:,} are links, which tar --dereference and --hard-dereference replace by their files"
     if not entries:
-        found = f"; {links} are links, which tar --dereference replaces by their files" if links else ""
+        found = f"; {left_out}" if links else ""
         found += f"; {tars} are tars themselves: unpack them" if tars else ""
         raise DamagedDataError(f"no image member ({', '.join(suffixes)}){found}")
-    return TarIndex(entries, extents, damage and f"{damage}: the {len(entries):,} images before it are used")
+    losses = [f"{damage}: the {len(entries):,} images before it are used"] if damage else []
+    if links:
+        losses.append(f"of {len(entries) + links:,} images {left_out}")
+    return TarIndex(entries, extents, "; ".join(losses))
 
 
 def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pixio.files import disk_full, write_atomic, write_text
+from pixio.files import disk_full, finite, write_atomic, write_text
 
 _SECONDS_BETWEEN_LINES = 10.0  # where the output is a file, a line per logged step would bury everything else
 
@@ -24,7 +24,7 @@ class Log:
     Logged are the first step of the run, every `every`-th and the last. A line of `log.jsonl` is an object
     with `step`, `images`, the values given, and `images_per_second` and `data_wait_share` since the line
     before (null on the first after a start). Numbers that are not finite become null, as JSON asks. What
-    cannot be written, on a full disk say, is reported once and never ends training.
+    cannot be started or written (no login, a full disk) is reported once and never ends training.
 
     Args:
         folder: where `log.jsonl` is; made when missing.
@@ -71,19 +71,11 @@ class Log:
             "progress": self._progress.show,
         }
         self._closers = [self._lines.close, self._progress.close]
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(str(folder), purge_step=start_step + 1)
-            self._sinks["TensorBoard"] = lambda step, row: [
-                writer.add_scalar(name, value, step) for name, value in _numbers(row).items()
-            ]
-            self._closers.append(writer.close)
-        if wandb:
-            run = _start_wandb(folder, config)
-            self._sinks["Weights & Biases"] = lambda step, row: run.log(_numbers(row), step=step)
-            self._closers.append(run.finish)
         self._failing: set[str] = set()
+        if tensorboard:
+            self._try("TensorBoard", self._start_tensorboard, folder, start_step)
+        if wandb:
+            self._try("Weights & Biases", self._start_wandb, folder, config)
         self._last: tuple[float, int] | None = None  # time and images seen at the line before
         self._waited = 0.0
 
@@ -109,6 +101,33 @@ class Log:
             self._rates(images)  # rates are counted from the first step on, which is slow for its own reasons
         self._try("progress", self._progress.advance, step)
 
+    def _start_tensorboard(self, folder: Path, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+        self._sinks["TensorBoard"] = lambda step, row: [
+            writer.add_scalar(name, value, step) for name, value in _numbers(row).items()
+        ]
+        self._closers.append(writer.close)
+
+    def _start_wandb(self, folder: Path, config: dict[str, Any] | None) -> None:
+        """Start a run of Weights & Biases, or continue the one whose id is in `folder`."""
+        import wandb
+
+        file = folder / "wandb_id"
+        if not file.exists():
+            write_text(file, f"{uuid.uuid4().hex[:8]}\n")
+        run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "pixio"),
+            id=os.environ.get("WANDB_RUN_ID") or file.read_text().strip(),
+            resume="allow",
+            dir=str(folder),
+            name=folder.resolve().name,
+            config=config,
+        )
+        self._sinks["Weights & Biases"] = lambda step, row: run.log(_numbers(row), step=step)
+        self._closers.append(run.finish)
+
     def close(self) -> None:
         """Finish the progress line and whatever writes beside `log.jsonl`."""
         if self.is_main:
@@ -124,8 +143,9 @@ class Log:
             if name not in self._failing:
                 self._failing.add(name)
                 with contextlib.suppress(OSError):  # where nobody reads any more
+                    reason = " ".join(str(error).split()) or type(error).__name__
                     print(
-                        f"{name} cannot be written, training continues: {error}", file=sys.stderr, flush=True
+                        f"{name} cannot be written, training continues: {reason}", file=sys.stderr, flush=True
                     )
 
     def _rates(self, images: int) -> dict[str, float | None]:
@@ -218,23 +238,6 @@ class _Lines:
             raise disk_full(error, self.path, len(line)) or error from None
 
 
-def _start_wandb(folder: Path, config: dict[str, Any] | None) -> Any:
-    """Start a run of Weights & Biases, or continue the one whose id is in `folder`."""
-    import wandb
-
-    file = folder / "wandb_id"
-    if not file.exists():
-        write_text(file, f"{uuid.uuid4().hex[:8]}\n")
-    return wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "pixio"),
-        id=os.environ.get("WANDB_RUN_ID") or file.read_text().strip(),
-        resume="allow",
-        dir=str(folder),
-        name=folder.resolve().name,
-        config=config,
-    )
-
-
 def _plain(value: Any) -> Any:
     """`value` as JSON can hold it."""
     if callable(value):
@@ -243,7 +246,7 @@ def _plain(value: Any) -> Any:
         value = value.item()
     if isinstance(value, dict):
         return {str(name): _plain(part) for name, part in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return finite(value)
 
 
 def _numbers(row: dict[str, Any], prefix: str = "") -> dict[str, float]:

@@ -32,7 +32,9 @@ INDEX, SETTINGS = "index.jsonl", "settings.json"
 
 
 class Summary(NamedTuple):
-    """Images whose features were computed now and earlier, and messages about those that cannot be read."""
+    """Images whose features were computed now and earlier, and messages about images that cannot be read and
+    about tars that have lost some.
+    """
 
     computed: int
     earlier: int
@@ -50,7 +52,7 @@ def write_file(path: Path, extractor: FeatureExtractor, shards: Sequence[Shard])
     Raises:
         ValueError: an image that cannot be read; two of one name (in a tar); see also `FeatureExtractor.run`.
     """
-    parts, features = index_shards(shards, FOLDER_CHUNK).parts, {}
+    (parts, damaged, _), features = index_shards(shards, FOLDER_CHUNK), {}
     with _progress(parts) as bar:
         for images, arrays in extractor.run(shards, parts):
             _refuse_unreadable(images)
@@ -61,7 +63,7 @@ def write_file(path: Path, extractor: FeatureExtractor, shards: Sequence[Shard])
         write_atomic(path, lambda file: np.savez(file, **content))
     else:
         _write_safetensors(path, features)
-    return Summary(_count(parts), 0, [])
+    return Summary(_count(parts), 0, damaged)
 
 
 def write_folder(
@@ -94,7 +96,7 @@ def write_folder(
         raise ValueError("npy holds maps of one size: choose fit square, the format safetensors, or no maps")
     if per_file < 1:
         raise ValueError(f"per_file must be positive, found {per_file}")
-    parts, weights = index_shards(shards, per_file).parts, hashlib.sha256()
+    (parts, damaged, _), weights = index_shards(shards, per_file), hashlib.sha256()
     for tensor in extractor.encoder.state_dict().values():
         weights.update(tensor.cpu().contiguous().numpy())
     names = [shard.files if isinstance(shard, FolderShard) else shard.name for shard in shards]
@@ -112,7 +114,8 @@ def write_folder(
         "dtype": str(extractor.runtime.dtype).removeprefix("torch."),
         "format": format,
     }
-    return FeatureStore(folder, shards, parts, settings, format).fill(extractor)
+    done = FeatureStore(folder, shards, parts, settings, format).fill(extractor)
+    return done._replace(errors=damaged + done.errors)
 
 
 class FeatureStore:

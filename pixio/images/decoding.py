@@ -72,7 +72,7 @@ def _open(data: bytes, use: Callable[[Image.Image], Any]) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata; what matters raises
-            image = Image.open(io.BytesIO(_without_text(data)), formats=FORMATS)
+            image = Image.open(io.BytesIO(without_text(data)), formats=FORMATS)
             check_pixels(image.width, image.height)
             try:
                 return use(image)
@@ -88,7 +88,16 @@ def _open(data: bytes, use: Callable[[Image.Image], Any]) -> Any:
         raise DamagedDataError(f"{type(error).__name__}: {error}") from error
 
 
-def _without_text(data: bytes) -> bytes:
+def read_turn(data: bytes) -> int:
+    """How the camera was held that took an encoded image; see `orientation`.
+
+    Raises:
+        DamagedDataError: not an image of these formats, or above MAX_PIXELS.
+    """
+    return _open(data, lambda image: orientation(image.info.get("exif")))
+
+
+def without_text(data: bytes) -> bytes:
     """A PNG without its color profile and texts, which Pillow refuses if large; else as it is."""
     if not data.startswith(_PNG):
         return data

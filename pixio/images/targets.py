@@ -1,12 +1,13 @@
 """Depth maps and segmentation masks as files hold them. Letters: H x W pixels."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 from numpy.lib.format import open_memmap
 from PIL import Image
 
-from pixio.images.decoding import DamagedDataError, check_pixels
+from pixio.images.decoding import DamagedDataError, check_pixels, without_text
 
 IGNORE = 255  # mask value of pixels that are not scored
 
@@ -57,22 +58,22 @@ def drop_zero(mask: np.ndarray) -> np.ndarray:
 def _read_png(path: Path, modes: tuple[str, ...], expected: str) -> np.ndarray:
     """Values of a PNG as stored, [H, W]; `modes` are Pillow's pixel formats, `expected` says which."""
     try:
-        with Image.open(path, formats=("PNG",)) as image:
+        data = without_text(path.read_bytes())
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             check_pixels(image.width, image.height)
             if image.mode not in modes:
                 raise ValueError(f"its pixel format is {image.mode}, expected {expected}")
             values = np.array(image)
         if image.mode == "1":
             return values.astype(np.uint8)
-        return values // _stretch(path) if image.mode == "L" else values
+        return values // _stretch(data) if image.mode == "L" else values
     except FileNotFoundError:
         raise
     except Exception as error:  # Pillow's decoders raise almost anything on damaged bytes
         raise DamagedDataError(f"{path} is not usable: {error}") from error
 
 
-def _stretch(path: Path) -> int:
+def _stretch(data: bytes) -> int:
     """What Pillow multiplies gray values of 2 or 4 bits by, to fill 0-255; 1 for 8 bits."""
-    with open(path, "rb") as file:
-        header = file.read(25)  # signature, length and name of IHDR, width, height, bits per value
-    return 255 // (2 ** header[24] - 1)
+    bits = data[24]  # behind the signature, the length and name of IHDR, width and height
+    return 255 // (2**bits - 1)

@@ -26,13 +26,24 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class _NumpyValue:
-    """Stands for a number or array of numpy beside the weights, such as a best score; it is not loaded."""
+    """Stands for a type, number or array of numpy beside the weights, such as a best score."""
 
-    def __init__(self, *_: Any):
-        pass
+    def __init__(self, *arguments: Any):
+        self._arguments, self._state = arguments, ()
 
-    def __setstate__(self, _: Any):
-        pass
+    def __setstate__(self, state: Any):
+        self._state = state
+
+    def plain(self) -> bool | int | float | str | None:
+        """The number or text it stands for; None for what is not loaded."""
+        import numpy
+
+        match self._arguments:
+            case (_NumpyValue(_arguments=(str(code), *_), _state=(_, str(order), *_)), bytes(data)):
+                if re.fullmatch(r"[biuf][1248]|U[1-9]\d{0,3}", code):
+                    kind = numpy.dtype(code).newbyteorder(order)
+                    return numpy.frombuffer(data, kind)[0].item() if len(data) == kind.itemsize else None
+        return None
 
 
 _ALLOWED_CLASSES = [  # the arguments in the release's checkpoints; Python 3.13 renamed the module of paths
@@ -53,8 +64,8 @@ def read_file(path: str | Path) -> dict[str, Any]:
 
     Returns:
         The file's top-level mapping, memory-mapped where possible. Beside tensors and plain containers a
-        pickle may hold only `argparse.Namespace`, paths, and numpy's values, which are skipped. Of a
-        checkpoint only `model` is read whole.
+        pickle may hold only `argparse.Namespace`, paths, and numpy's values, for which something else
+        stands (see `training_config`). Of a checkpoint only `model` is read whole.
 
     Raises:
         FileNotFoundError: no such file.
@@ -170,7 +181,11 @@ def training_config(content: dict[str, Any]) -> dict[str, Any]:
     """The configuration in a training checkpoint's content, ours or the release's; empty if there is none."""
     config = content.get("config", content.get("args", {}))
     config = vars(config) if isinstance(config, argparse.Namespace) else config
-    return config if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        return {}
+    return {
+        name: value.plain() if isinstance(value, _NumpyValue) else value for name, value in config.items()
+    }
 
 
 def parse_name(name: str) -> dict[str, tuple[int, int, int]]:
