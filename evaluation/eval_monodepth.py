@@ -20,8 +20,8 @@ from dense.run import run
 from launch import run_evaluation
 from monodepth.data import depth_source
 from monodepth.metrics import HIGHER_IS_BETTER, METRICS, DepthScores, silog_loss
-from torch import Tensor
 
+from pixio.dense import Depth
 from pixio.engine.config import option, parse
 
 PROGRAM = "eval_monodepth.py"
@@ -49,22 +49,17 @@ class DepthConfig(DenseConfig):
 def depth_task(config: DepthConfig) -> Task:
     """Depth as a task: one output, whose sigmoid is a share of the farthest depth."""
     limits = {"min_depth": config.min_depth, "max_depth": config.max_depth}
-
-    def meters(logits: Tensor) -> Tensor:
-        return logits.sigmoid() * config.max_depth
-
+    output = Depth(**limits)
     return Task(
         name="monodepth",
         data=depth_source(
             config.dataset, **limits, units_per_meter=config.depth_scale, upright=config.apply_exif
         ),
-        outputs=1,
+        output=output,
         identity={"max_depth": config.max_depth},
         warmup=0.1,
         metrics={metric: metric in HIGHER_IS_BETTER for metric in METRICS},
-        loss=lambda logits, target: silog_loss(meters(logits).squeeze(1), target, **limits),
-        average=meters,
-        decide=lambda averages: averages[0],
+        loss=lambda logits, target: silog_loss(output.average(logits).squeeze(1), target, **limits),
         make_scores=partial(DepthScores, **limits),
         draw=partial(draw_depth, **limits),
     )

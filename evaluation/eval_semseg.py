@@ -21,6 +21,7 @@ from launch import run_evaluation
 from semseg.data import CLASS_NAMES, mask_source
 from semseg.metrics import IGNORE, SegmentationScores, segmentation_loss
 
+from pixio.dense import Classes
 from pixio.engine.config import option, parse
 
 PROGRAM = "eval_semseg.py"
@@ -60,16 +61,13 @@ def segmentation_task(config: SegmentationConfig) -> Task:
     return Task(
         name="semseg",
         data=mask_source(config.dataset, config.nclass, config.reduce_zero_label, config.apply_exif),
-        outputs=config.nclass,
+        output=Classes.of(config.names),
         identity={},
         warmup=0.0,
         metrics={"miou": True},
         loss=segmentation_loss,
-        average=lambda logits: logits.softmax(1),
-        decide=lambda averages: averages.argmax(0),
         make_scores=partial(SegmentationScores, config.nclass),
         draw=partial(draw_classes, names=config.names),
-        class_names=config.names,
     )
 
 

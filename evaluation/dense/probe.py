@@ -13,10 +13,18 @@ from dense.config import DenseConfig
 from dense.data import DataSource, PairDataset, open_split
 from torch import Tensor, nn
 
-from pixio.dense import KINDS, FrozenEncoder, head_blocks, make_head
+from pixio.dense import (
+    FrozenEncoder,
+    HeadFile,
+    Output,
+    Predictor,
+    head_blocks,
+    make_head,
+    read_head,
+    window_of,
+)
 from pixio.engine.runtime import Runtime
 from pixio.models.external import depth_of, fingerprint, load_encoder
-from pixio.weights.reading import read_file
 
 
 @dataclass(frozen=True)
@@ -26,31 +34,25 @@ class Task:
     Attributes:
         name: "monodepth" or "semseg".
         data: the images and their targets.
-        outputs: O.
+        output: what the head's outputs stand for.
         identity: settings beside the sizes that a trained head is bound to.
         warmup: share of the steps in which the learning rate rises.
         metrics: name -> whether higher is better.
         loss: logits float32 [B, O, S, S], targets [B, S, S] -> scalar.
-        average: logits [n, O, S, S] -> what is averaged where windows overlap, same shape.
-        decide: averages [O, H, W] -> the prediction for an image [H, W], meters or classes.
         make_scores: an empty accumulator of metrics: `add(index, prediction, target)` fills its `state`,
             `summarize(states)` gives the metrics of all ranks.
         draw: path, images uint8 [3, H, W], targets and predictions [H, W] -> writes a PNG.
-        class_names: in the order of the results per class; empty for depth.
     """
 
     name: str
     data: DataSource
-    outputs: int
+    output: Output
     identity: dict[str, Any]
     warmup: float
     metrics: dict[str, bool]
     loss: Callable[[Tensor, Tensor], Tensor]
-    average: Callable[[Tensor], Tensor]
-    decide: Callable[[Tensor], Tensor]
     make_scores: Callable[[], Any]
     draw: Callable[[Path, list[Tensor], list[Tensor], list[Tensor]], None]
-    class_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,7 @@ class Probe:
     """A frozen encoder with a head on it, and the images both are evaluated on.
 
     Attributes:
-        size: S in pixels.
-        stride: pixels between neighboring windows.
+        window: side S and stride of the windows, in pixels.
         identity: what a trained head is bound to.
         epoch: passes over the data the head was trained for when it was loaded; 0 for a fresh one.
         output: folder of all that the run writes.
@@ -70,12 +71,34 @@ class Probe:
     runtime: Runtime
     frozen: FrozenEncoder
     head: nn.Module
-    size: int
-    stride: int
+    window: tuple[int, int]
     identity: dict[str, Any]
     epoch: int
     val: PairDataset
     output: Path
+
+    @property
+    def predictor(self) -> Predictor:
+        """What predicts for the validation images."""
+        parts = self.frozen, self.head, self.task.output, self.window, self.runtime
+        return Predictor(*parts, self.config.window_batch)
+
+    @property
+    def head_file(self) -> HeadFile:
+        """The head once it is trained, and all that is needed to predict with it."""
+        source = self.config.pretrained_ckp or None
+        local = source is not None and Path(source).exists()
+        return HeadFile(
+            identity=self.identity,
+            state=self.head.state_dict(),
+            epoch=self.config.epochs,
+            output=self.task.output,
+            encoder=self.config.encoder,
+            pretrained=str(Path(source).absolute()) if local else source,
+            block_ids=tuple(self.frozen.block_ids),
+            patch_size=self.frozen.encoder.patch_size,
+            window=self.window,
+        )
 
 
 def build_probe(config: DenseConfig, task: Task, runtime: Runtime) -> Probe:
@@ -86,14 +109,10 @@ def build_probe(config: DenseConfig, task: Task, runtime: Runtime) -> Probe:
     """
     val = open_split(task.data, config, "val", None, runtime.is_main)
     trained = read_head(Path(config.head)) if config.eval_only else None
-    kind = trained["identity"]["head"] if trained else config.head
+    kind = trained.identity["head"] if trained else config.head
     torch.manual_seed(config.seed)  # all ranks alike: of the head, and of an encoder without weights
     encoder = load_encoder(config.encoder, config.pretrained_ckp or None)
-    size = config.crop_size // encoder.patch_size * encoder.patch_size
-    if size == 0:
-        raise ValueError(
-            f"--crop_size {config.crop_size} is below the patch size, {encoder.patch_size} pixels"
-        )
+    window = window_of(config.crop_size, encoder.patch_size)
     frozen = FrozenEncoder(encoder, head_blocks(kind, depth_of(encoder)), config.cls_concat)
     identity = {
         "task": task.name,
@@ -101,13 +120,13 @@ def build_probe(config: DenseConfig, task: Task, runtime: Runtime) -> Probe:
         "encoder_sha256": runtime.gather(fingerprint(encoder) if runtime.is_main else None)[0],
         "cls_concat": config.cls_concat,
         "channels": frozen.channels,
-        "outputs": task.outputs,
+        "outputs": task.output.count,
         **task.identity,
     }
-    head = make_head(kind, frozen.channels, task.outputs, runtime)
+    head = make_head(kind, frozen.channels, task.output.count, runtime)
     if trained:
-        check_same(trained["identity"], identity, f"{config.head} was trained with", "give it the same")
-        head.load_state_dict(trained["state"])
+        check_same(trained.identity, identity, f"{config.head} was trained with", "give it the same")
+        head.load_state_dict(trained.state)
     name = f"{config.dataset}_{kind}_{Path(config.encoder).name}_{identity['encoder_sha256'][:8]}"
     output = Path(config.output_dir or f"runs/{name}{'_eval' if config.eval_only else ''}")
     if config.eval_only and (output / "checkpoints").exists():
@@ -119,28 +138,12 @@ def build_probe(config: DenseConfig, task: Task, runtime: Runtime) -> Probe:
         runtime=runtime,
         frozen=frozen.to(runtime.device),
         head=head.to(runtime.device),
-        size=size,
-        stride=int(size * 2 / 3),
+        window=window,
         identity=identity,
-        epoch=trained["epoch"] if trained else 0,
+        epoch=trained.epoch if trained else 0,
         val=val,
         output=output,
     )
-
-
-def read_head(path: Path) -> dict[str, Any]:
-    """Read a head file that training wrote: `identity`, `epoch` and the `state` of the module.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, or not a head.
-    """
-    trained = read_file(path)
-    identity = trained.get("identity")
-    if not isinstance(identity, dict) or identity.get("head") not in KINDS:
-        raise ValueError(
-            f"{path} is not a head.pth of this evaluation: its keys are {', '.join(trained)[:80]}"
-        )
-    return trained
 
 
 def check_same(found: dict[str, Any], expected: dict[str, Any], what: str, remedy: str) -> None:

@@ -3,7 +3,6 @@
 import time
 from typing import Any
 
-import torch
 from dense.config import DenseConfig
 from dense.data import open_split
 from dense.probe import Task, build_probe
@@ -14,7 +13,6 @@ from dense.training import train_head
 from pixio.engine.lock import lock_folder
 from pixio.engine.runtime import Runtime
 from pixio.engine.signals import defer_signals
-from pixio.files import write_atomic
 
 
 def run(config: DenseConfig, task: Task, runtime: Runtime) -> dict[str, Any]:
@@ -33,16 +31,11 @@ def run(config: DenseConfig, task: Task, runtime: Runtime) -> dict[str, Any]:
             rows = [{"epoch": probe.epoch, **evaluate(probe), "seconds": time.monotonic() - began}]
             results = publish(probe, None, rows)
         else:
-            train = open_split(task.data, config, "train", probe.size, runtime.is_main)
+            train = open_split(task.data, config, "train", probe.window[0], runtime.is_main)
             with defer_signals():
                 rows = train_head(probe, train)
             if runtime.is_main:
-                trained = {
-                    "identity": probe.identity,
-                    "epoch": config.epochs,
-                    "state": probe.head.state_dict(),
-                }
-                write_atomic(probe.output / "head.pth", lambda file: torch.save(trained, file))
+                probe.head_file.write(probe.output / "head.pth")
             results = publish(probe, len(train), rows)
         draw_panels(probe)
     return results

@@ -34,7 +34,7 @@ class SegmentationScores:
 
         Args:
             index: of the image in the data set.
-            prediction: classes, int64 [H, W].
+            prediction: classes, any integers [H, W].
             target: classes, [H, W], 255 = ignored.
         """
         scored = target != IGNORE

@@ -28,7 +28,7 @@ class DamagedDataError(ValueError):
     """Data that cannot be read: the streams skip, count and report it."""
 
 
-def decode(data: bytes, upright: bool = True) -> Image.Image:
+def decode(data: bytes, upright: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode a JPEG, PNG or WebP of any color mode.
 
     Grayscale, palette and CMYK become RGB, 16-bit gray keeps its upper byte, transparency is laid over
@@ -37,12 +37,13 @@ def decode(data: bytes, upright: bool = True) -> Image.Image:
     Args:
         data: the encoded image.
         upright: turn it as its EXIF data say; else the pixels stay where they are stored.
+        max_pixels: refused above; twice MAX_PIXELS at most, where Pillow refuses by itself.
 
     Returns:
         RGB image, 8 bits per channel.
 
     Raises:
-        DamagedDataError: not an image of these formats, damaged, truncated, or above MAX_PIXELS.
+        DamagedDataError: not an image of these formats, damaged, truncated, or too large.
     """
 
     def rgb(image: Image.Image) -> Image.Image:
@@ -50,7 +51,7 @@ def decode(data: bytes, upright: bool = True) -> Image.Image:
         image = to_rgb(image)
         return image.transpose(turn) if turn is not None else image
 
-    return _open(data, rgb)
+    return _open(data, rgb, max_pixels)
 
 
 def read_size(data: bytes) -> tuple[int, int]:
@@ -67,13 +68,13 @@ def read_size(data: bytes) -> tuple[int, int]:
     return _open(data, size)
 
 
-def _open(data: bytes, use: Callable[[Image.Image], Any]) -> Any:
+def _open(data: bytes, use: Callable[[Image.Image], Any], max_pixels: int = MAX_PIXELS) -> Any:
     """What `use` makes of an image whose header has been read and found acceptable."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata; what matters raises
             image = Image.open(io.BytesIO(without_text(data)), formats=FORMATS)
-            check_pixels(image.width, image.height)
+            check_pixels(image.width, image.height, max_pixels)
             try:
                 return use(image)
             except OSError:
@@ -122,9 +123,9 @@ def _lacks_only_end_marker(data: bytes) -> bool:
     return np.array_equal(*ways)
 
 
-def check_pixels(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise DamagedDataError(f"{width} x {height} is above {MAX_PIXELS} pixels")
+def check_pixels(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
+    if width * height > max_pixels:
+        raise DamagedDataError(f"{width} x {height} is above {max_pixels} pixels")
 
 
 def orientation(exif: bytes | None) -> int:

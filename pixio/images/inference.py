@@ -180,14 +180,14 @@ def transform(size: int | None = 256, fit: Fit = "square", patch_size: int = 16)
     return Transform(size, fit, patch_size)
 
 
-def read_image(image: ImageSource) -> "Image.Image":
-    """An image of any `ImageSource` as RGB; see `Transform.__call__`."""
+def read_image(image: ImageSource, max_pixels: int | None = None) -> "Image.Image":
+    """An image of any `ImageSource` as RGB; see `Transform.__call__`. Files: `max_pixels` as in `decode`."""
     try:
         import numpy as np
         from PIL import Image
     except ImportError as error:
         raise ImportError(f"reading images needs {error.name}: pip install pillow numpy") from None
-    from pixio.images.decoding import DamagedDataError, decode, to_rgb
+    from pixio.images.decoding import MAX_PIXELS, DamagedDataError, decode, to_rgb
 
     if isinstance(image, Image.Image):
         return to_rgb(image)
@@ -197,9 +197,10 @@ def read_image(image: ImageSource) -> "Image.Image":
                 f"array of {image.dtype} {list(image.shape)}: expected uint8 [H, W, 3] or [H, W]"
             )
         return Image.fromarray(image).convert("RGB")
+    max_pixels = max_pixels or MAX_PIXELS
     if isinstance(image, bytes):
-        return decode(image)
+        return decode(image, max_pixels=max_pixels)
     try:
-        return decode(Path(image).read_bytes())
+        return decode(Path(image).read_bytes(), max_pixels=max_pixels)
     except DamagedDataError as error:
         raise DamagedDataError(f"{image}: {error}") from error
