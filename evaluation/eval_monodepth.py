@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, Literal
 
 from dense.config import DenseConfig
-from dense.panels import draw_depth
 from dense.probe import Task
 from dense.run import run
 from launch import run_evaluation
@@ -23,6 +22,7 @@ from monodepth.metrics import HIGHER_IS_BETTER, METRICS, DepthScores, silog_loss
 
 from pixio.dense import Depth
 from pixio.engine.config import option, parse
+from pixio.images.panels import draw_depth
 
 PROGRAM = "eval_monodepth.py"
 

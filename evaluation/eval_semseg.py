@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, Literal
 
 from dense.config import DenseConfig
-from dense.panels import draw_classes
 from dense.probe import Task
 from dense.run import run
 from launch import run_evaluation
@@ -23,6 +22,7 @@ from semseg.metrics import IGNORE, SegmentationScores, segmentation_loss
 
 from pixio.dense import Classes
 from pixio.engine.config import option, parse
+from pixio.images.panels import draw_classes
 
 PROGRAM = "eval_semseg.py"
 
@@ -58,16 +58,17 @@ class SegmentationConfig(DenseConfig):
 
 def segmentation_task(config: SegmentationConfig) -> Task:
     """Segmentation as a task: one output per class."""
+    output = Classes.of(config.names)
     return Task(
         name="semseg",
         data=mask_source(config.dataset, config.nclass, config.reduce_zero_label, config.apply_exif),
-        output=Classes.of(config.names),
+        output=output,
         identity={},
         warmup=0.0,
         metrics={"miou": True},
         loss=segmentation_loss,
         make_scores=partial(SegmentationScores, config.nclass),
-        draw=partial(draw_classes, names=config.names),
+        draw=partial(draw_classes, names=output.names, colors=output.colors),
     )
 
 

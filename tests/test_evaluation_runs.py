@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from dense import probe, testing, training
+from dense import probe, training
 from dense.data import StepSampler, open_split
 from dense.probe import build_probe
 from eval_monodepth import DepthConfig
@@ -27,6 +27,7 @@ from helpers import ALONE, Killed, free_port, interrupt_twice, latest_checkpoint
 from PIL import Image
 
 import pixio
+from pixio.dense import Predictor
 from pixio.engine import signals
 from pixio.engine.checkpoint import Checkpoints
 from pixio.engine.config import parse
@@ -334,7 +335,7 @@ def test_evaluation_does_not_overwrite_a_training(segmented, trees):
 
 
 def test_a_prediction_that_is_not_finite_names_the_image(trees, tmp_path, monkeypatch):
-    monkeypatch.setattr(testing, "slide", lambda *_: torch.full((1, 48, 56), torch.nan))
+    monkeypatch.setattr(Predictor, "_averages", lambda _, windows: torch.full_like(windows[:, :1], torch.nan))
     with pytest.raises(SystemExit, match=r"prediction for .*own/val/images/10\.png is not finite"):
         eval_monodepth.main(depth(trees, tmp_path))
     assert not (tmp_path / "results.json").exists()
@@ -400,7 +401,7 @@ def test_counts_are_a_warning_or_an_error(trees, tmp_path, capsys):
         ("--weight_decay -1", "--weight_decay must be a non-negative number, found -1"),
         ("--port 70000", "--port must be an integer of at least 1 and of at most 65535 or none, found 70000"),
         ("--nclass 3", "--nclass is 3, but ade20k has 150 class names"),
-        ("--crop_size 8", "--crop_size 8 is below the patch size, 16 pixels"),
+        ("--crop_size 8", "windows of 8 pixels are below the patch size, 16 pixels"),
         ("--head nowhere.pth --eval_only", "no weight file at nowhere.pth"),
         ("--encoder pixio_vitpeco16", "did you mean pixio_vitpico16"),
         ("--data_root nowhere", "there is no such folder"),

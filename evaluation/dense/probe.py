@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from dense.config import DenseConfig
 from dense.data import DataSource, PairDataset, open_split
@@ -24,6 +25,7 @@ from pixio.dense import (
     window_of,
 )
 from pixio.engine.runtime import Runtime
+from pixio.images.panels import Maps
 from pixio.models.external import depth_of, fingerprint, load_encoder
 
 
@@ -41,7 +43,7 @@ class Task:
         loss: logits float32 [B, O, S, S], targets [B, S, S] -> scalar.
         make_scores: an empty accumulator of metrics: `add(index, prediction, target)` fills its `state`,
             `summarize(states)` gives the metrics of all ranks.
-        draw: path, images uint8 [3, H, W], targets and predictions [H, W] -> writes a PNG.
+        draw: path, images uint8 [H, W, 3], maps [H, W] by title -> writes a PNG; see `pixio.images.panels`.
     """
 
     name: str
@@ -52,7 +54,7 @@ class Task:
     metrics: dict[str, bool]
     loss: Callable[[Tensor, Tensor], Tensor]
     make_scores: Callable[[], Any]
-    draw: Callable[[Path, list[Tensor], list[Tensor], list[Tensor]], None]
+    draw: Callable[[Path, list[np.ndarray], Maps], None]
 
 
 @dataclass(frozen=True)

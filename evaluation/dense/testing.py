@@ -42,7 +42,10 @@ def draw_panels(probe: Probe) -> None:
     indices = [i * len(probe.val) // count for i in range(count)]
     examples = list(whole_examples(probe.val, indices, num_workers=0, pin_memory=False))
     probe.head.eval()
-    predictions = [probe.predictor.predict(example.image, example.names[0]).cpu() for example in examples]
+    predictions = [
+        probe.predictor.predict(example.image, example.names[0]).cpu().numpy() for example in examples
+    ]
     probe.head.train()
-    images, targets = [example.image for example in examples], [example.target for example in examples]
-    probe.task.draw(probe.output / "panels.png", images, targets, predictions)
+    images = [example.image.permute(1, 2, 0).numpy() for example in examples]
+    maps = {"ground truth": [example.target.numpy() for example in examples], "prediction": predictions}
+    probe.task.draw(probe.output / "panels.png", images, maps)
