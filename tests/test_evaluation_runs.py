@@ -173,8 +173,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(segmented, trees, tmp_path, m
     ("number", "module", "function", "call", "step", "evaluated"),
     [
         (signal.SIGUSR2, training, "accumulate", 1, 1, []),  # in the first step
-        (signal.SIGTERM, testing, "predict", 2, 2, []),  # between the images of the first evaluation
-        (signal.SIGTERM, testing, "predict", 5, 4, [1]),  # of the last one
+        (signal.SIGTERM, Predictor, "predict", 2, 2, []),  # between the images of the first evaluation
+        (signal.SIGTERM, Predictor, "predict", 5, 4, [1]),  # of the last one
     ],
 )
 def test_a_signal_saves_what_is_done_and_the_same_command_goes_on(
