@@ -184,8 +184,7 @@ class StudentTrainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume where `state_dict` was taken."""
-        restore(self.student, self.optimizer, state)
-        self.scaler.load_state_dict(state["scaler"])
+        restore(self.student, self.optimizer, state, self.scaler)
 
 
 def student_metrics(

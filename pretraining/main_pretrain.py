@@ -96,8 +96,7 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
     start, images = config.start_step, 0
     if state:
         start, images = state["step"], state["images"]
-        restore(mae, optimizer, state)
-        scaler.load_state_dict(state["scaler"])
+        restore(mae, optimizer, state, scaler)
     if is_finished(config, runtime, start):
         return
 

@@ -242,6 +242,20 @@ def test_what_is_no_checkpoint_is_told_what_one_is(tmp_path, name):
         read_checkpoint(tmp_path / name)
 
 
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("now", [False, True])
+def test_a_run_resumes_in_fp16_whatever_it_computed_in(tmp_path, before, now):
+    """Only fp16 has a scaler to save."""
+    model = tiny_model()
+    optimizer = make_adamw(model, 1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=512.0, enabled=before)
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    Checkpoints(tmp_path, ALONE).save(1, state)
+    resumed = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=now)
+    restore(model, optimizer, Checkpoints(tmp_path, ALONE).load_latest(), resumed)
+    assert resumed.get_scale() == (1 if not now else 512 if before else 8)
+
+
 def test_optimizer_and_model_state_come_back_equal(tmp_path):
     model = tiny_model()
     optimizer = make_adamw(model, 1e-2)

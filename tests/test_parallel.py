@@ -1,6 +1,7 @@
 """Copies, shards, or one process: the same losses, and checkpoints that any of them resumes from."""
 
 import os
+import warnings
 import weakref
 from pathlib import Path
 
@@ -205,6 +206,20 @@ def test_shards_of_nodes_with_copies_are_put_together_once(runs):
         load_file(file)[name].numel() for file in path.glob("*.safetensors") for name in load_file(file)
     )
     assert written == sum(tensor.numel() for tensor in expected.values())
+
+
+def test_a_model_in_shards_returns_no_views_that_would_lose_its_gradients():
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mae = pixio.create_model("pixio_vitpico16_enc128x6h4_dec128x2h4", img_size=64, mask_grid=2)
+        shard(mae, make_mesh("cpu", Ranks(0, 0, 2, 2), "fsdp"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            output = mae(torch.rand(2, 3, 64, 64))
+    finally:
+        dist.destroy_process_group()
+    assert not output.pred._is_view()
+    assert output.pred.requires_grad
 
 
 @pytest.mark.parametrize(("on_one", "found"), [(4, "6 in all and 4 on one"), (0, "an unknown number on one")])

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -157,4 +158,44 @@ def test_a_run_that_was_suspended_as_a_whole_is_not_mistaken_for_a_hanging_one(m
     watchdog = Watchdog(FakeStore({"host/1": b"n1", "heartbeats/1": b"-1"}), 0, 2, timedelta(seconds=2))
     time.sleep(0.9)  # it has looked four times
     watchdog.close()
+    assert not ended
+
+
+@pytest.mark.parametrize(
+    ("reached", "said"),
+    [
+        ([1, 0, 1], r"the GPU of rank 1 of 3 \(on n1\) has not finished what the others have, for 0\.01 min"),
+        ([1, 1, 1], r"no GPU finishes its work: one of 3, or the network, hangs, for 0\.01 min"),
+    ],
+)
+def test_a_gpu_that_hangs_while_all_programs_wait_is_named(reached, said, monkeypatch, capsys):
+    """All ranks pass two points; their devices come to as many of them as `reached` says."""
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    store = FakeStore({f"host/{rank}": f"n{rank}".encode() for rank in range(3)})
+    watchdogs = []
+    for rank, count in enumerate(reached):
+        marks = iter([lambda: True] * count + [lambda: False] * 2)
+        watchdogs.append(Watchdog(store, rank, 3, timedelta(minutes=0.01), lambda marks=marks: next(marks)))
+        watchdogs[-1].beat()
+        watchdogs[-1].beat()
+    deadline = time.monotonic() + 20
+    while not ended and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for watchdog in watchdogs:
+        watchdog.close()
+    assert set(ended) == {1}
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_programs_that_wait_for_anything_but_their_devices_are_left_alone(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    store = FakeStore({f"host/{rank}": b"n" for rank in range(2)})
+    watchdogs = [Watchdog(store, rank, 2, timedelta(seconds=0.2), lambda: lambda: True) for rank in range(2)]
+    for watchdog in watchdogs:
+        watchdog.beat()
+    time.sleep(1)
+    for watchdog in watchdogs:
+        watchdog.close()
     assert not ended

@@ -65,8 +65,7 @@ def train_head(probe: Probe, train: PairDataset) -> list[dict[str, Any]]:
         saved = {"apply_exif": "False"} | state.get("setting", {})  # an option that older runs lack
         check_same(saved, setting, what, "choose another --output_dir")
         start, rows, seconds = state["step"], state["rows"], state["seconds"]
-        restore(head, optimizer, state)
-        scaler.load_state_dict(state["scaler"])
+        restore(head, optimizer, state, scaler)
     began = time.monotonic() - seconds
 
     def save(step: int) -> None:

@@ -106,10 +106,16 @@ def materialize(value: Any) -> Any:
     return whole
 
 
-def restore(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Load "model" and "optimizer" of a checkpoint in place; of shards each rank reads its own.
+def restore(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    saved: Mapping[str, Any],
+    scaler: torch.amp.GradScaler | None = None,
+) -> None:
+    """Load "model", "optimizer" and "scaler" of a checkpoint in place; of shards each rank reads its own.
 
-    The optimizer's moments are loaded, not its settings: those are this run's.
+    The optimizer's moments are loaded, not its settings: those are this run's. The scaler starts afresh where
+    the checkpoint is of a run that needed none (it computed in bf16 or fp32).
 
     Raises:
         ValueError: the checkpoint is of another model, or cannot be read.
@@ -143,6 +149,8 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[s
     }
     read_tensors(targets)
     optimizer.load_state_dict({"param_groups": groups, "state": moments})
+    if scaler is not None and saved["scaler"]:
+        scaler.load_state_dict(saved["scaler"])
 
 
 class Checkpoints:

@@ -3,14 +3,16 @@
 import functools
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from pixio.engine.ranks import Ranks
@@ -60,20 +62,27 @@ def shard(
     Args:
         model: on any device, the meta device too.
         mesh: one dimension (shards) or two (copies of the shards).
-        dtype: what the blocks gather their parameters in; gradients are averaged in float32. What lies
-            outside the blocks stays float32, as under autocast, and with it the residual stream. On CPUs,
-            whose LayerNorm takes no mixture of types, all stays float32.
+        dtype: what the blocks gather their parameters in, those of their norms too, whose arithmetic autocast
+            does in float32; gradients are averaged in float32. What lies outside the blocks stays float32, as
+            under autocast, and with it the residual stream. On CPUs, whose LayerNorm takes no mixture of
+            types, all stays float32.
         prepare: called with each block, and at last with the model, before it is sharded.
     """
     full = MixedPrecisionPolicy(cast_forward_inputs=False)
     low = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     on_cpu = mesh.device_type == "cpu"
+    model.register_forward_hook(_copy_views)
     for module in (*blocks_of(model), model):
         prepare(module)
         fully_shard(module, mesh=mesh, mp_policy=full if on_cpu or module is model else low)
         if on_cpu:  # before torch 2.9 gloo silently summed where the mean was asked for
             module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def _copy_views(module: nn.Module, inputs: tuple, output: Any) -> Any:
+    """What `module` returned; views are copied, as writing into one would lose FSDP's hook on it."""
+    return tree_map_only(Tensor, lambda t: t.clone() if t.requires_grad and t._is_view() else t, output)
 
 
 def make_mesh(device_type: str, ranks: Ranks, parallel: str, timeout: timedelta | None = None) -> DeviceMesh:

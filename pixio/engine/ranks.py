@@ -203,7 +203,7 @@ class Collectives:
     def heartbeat(self) -> None:
         """Count another point that all ranks pass in the same order, for the watchdog."""
         if self.watchdog is not None:
-            self.watchdog.heartbeats += 1
+            self.watchdog.beat()
 
     def mean(self, tensor: Tensor) -> Tensor:
         """Collective: the mean of `tensor` over ranks, on the device, detached; waits for nothing."""
@@ -290,7 +290,7 @@ def join_ranks(ranks: Ranks, device: torch.device, timeout: timedelta) -> Watchd
     on_gpu = device.type == "cuda"
     if on_gpu:
         _check_gpus(store, ranks, device)
-    watchdog = Watchdog(store, *world, timeout)
+    watchdog = Watchdog(store, *world, timeout, _mark if on_gpu else None)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         store=store,
@@ -300,6 +300,13 @@ def join_ranks(ranks: Ranks, device: torch.device, timeout: timedelta) -> Watchd
         device_id=device if on_gpu else None,
     )
     return watchdog
+
+
+def _mark() -> Callable[[], bool]:
+    """Mark this point among the work given to the GPU; whether it has come there is asked without waiting."""
+    event = torch.cuda.Event()
+    event.record()
+    return event.query
 
 
 def _check_gpus(store: dist.Store, ranks: Ranks, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""The rendezvous of the ranks, and a watchdog over them: both name the ranks that are missing."""
+"""The rendezvous of the ranks, and a watchdog over them and their GPUs: both name who is missing."""
 
 import contextlib
 import os
@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from urllib.parse import SplitResult, urlsplit
@@ -106,27 +107,45 @@ def _poll(ready: Callable[[], bool], deadline: float) -> bool:
 
 
 class Watchdog:
-    """Ends the run when ranks have waited too long for another, with a message that names it.
+    """Ends the run when ranks have waited too long for another, or for its GPU, with a message that names it.
 
     All ranks pass the same points of the program in the same order, and count them as heartbeats. A rank
     with fewer of them, while this one has made no progress for the whole timeout, is what this one waits for.
-    A thread watches, and ends the process, because the waiting itself cannot be interrupted.
+    Where all have as many and this one's device does not finish its work, the devices are compared. A thread
+    watches, and ends the process, because the waiting itself cannot be interrupted.
 
     Args:
         store: from `rendezvous`.
         timeout: how long ranks may wait for another.
+        mark: marks the present point among the work given to the device; what it returns tells whether the
+            device has come there. None: the program itself does the work.
 
     Attributes:
-        heartbeats: how many points this rank has passed; the program increments it.
+        heartbeats: how many points this rank has passed.
     """
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> None:
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        world_size: int,
+        timeout: timedelta,
+        mark: Callable[[], Callable[[], bool]] | None = None,
+    ) -> None:
         self.heartbeats = 0
         self._rank, self._world_size, self._timeout = rank, world_size, timeout
+        self._mark = mark
+        self._marks: deque[tuple[int, Callable[[], bool]]] = deque()  # to which the device has yet to come
         self._store = store.clone()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
+
+    def beat(self) -> None:
+        """Count another point; only the thread that gives the device its work may."""
+        self.heartbeats += 1
+        if self._mark is not None:
+            self._marks.append((self.heartbeats, self._mark()))
 
     def close(self) -> None:
         """Stop watching."""
@@ -135,41 +154,58 @@ class Watchdog:
 
     def _watch(self) -> None:
         pause = min(10.0, self._timeout.total_seconds() / 10)
-        seen, looks = -1, 0  # counted, not timed: while a whole run is suspended nobody waits
+        passed, seen, looks = 0, None, 0  # counted, not timed: while a whole run is suspended nobody waits
         try:
             while not self._closed.wait(pause):
                 heartbeats = self.heartbeats
+                while self._marks and self._marks[0][1]():
+                    passed, _ = self._marks.popleft()
                 looks += 1
-                if heartbeats != seen:
+                if (heartbeats, passed) != seen:
                     self._store.set(f"heartbeats/{self._rank}", str(heartbeats))
-                    seen, looks = heartbeats, 0
+                    self._store.set(f"device/{self._rank}", str(passed))
+                    seen, looks = (heartbeats, passed), 0
                 waited = looks * pause > self._timeout.total_seconds()
-                if waited and (missing := self._behind(heartbeats)):
-                    self._store.set("verdict", self._verdict(missing))
+                if waited and (verdict := self._verdict(heartbeats)):
+                    self._store.set("verdict", verdict)
                 if self._store.check(["verdict"]):
                     text = self._store.get("verdict").decode()
                     time.sleep(2 * pause)  # the others read it too, and this process may hold the store
                     print(f"error: {text}", file=sys.stderr, flush=True)
                     os._exit(1)
-        except dist.DistError:
-            return  # the process that holds the store has ended, and says why
+        except RuntimeError:  # `DistError` is one
+            return  # the process that holds the store has ended, or the device has failed, and says why
 
-    def _behind(self, heartbeats: int) -> list[int]:
-        """The ranks with fewer heartbeats than this one."""
-        keys = [f"heartbeats/{rank}" for rank in range(self._world_size)]
-        return [
-            rank
-            for rank, key in enumerate(keys)
-            if not self._store.check([key]) or int(self._store.get(key)) < heartbeats
-        ]
+    def _verdict(self, heartbeats: int) -> str | None:
+        """What this rank waits for; None: it waits for nobody."""
+        end = "All ranks end; the same command resumes the run"
+        if missing := self._behind("heartbeats", heartbeats):
+            return (
+                f"the other ranks have waited {_minutes(self._timeout)} for {self._names(missing)}: see what "
+                f"was logged there and whether the data can be read there. {end}"
+            )
+        if not self._marks:
+            return None
+        reached = self._counts("device")
+        if missing := self._behind("device", max(reached)):
+            who = f"the GPU of {self._names(missing)} has not finished what the others have"
+        else:
+            who = f"no GPU finishes its work: one of {self._world_size}, or the network, hangs"
+        where = "see what nvidia-smi and the kernel's log (dmesg, Xid) say there"
+        return f"{who}, for {_minutes(self._timeout)}: {where}. {end}"
 
-    def _verdict(self, missing: Sequence[int]) -> str:
-        hosts = sorted({self._store.get(_host_key(rank)).decode() for rank in missing})
-        return (
-            f"the other ranks have waited {_minutes(self._timeout)} for "
-            f"{_name_ranks(missing, self._world_size)} (on {', '.join(hosts)}): see what was logged "
-            "there and whether the data can be read there. All ranks end; the same command resumes the run"
-        )
+    def _counts(self, what: str) -> list[int]:
+        """The last number of each rank."""
+        keys = [f"{what}/{rank}" for rank in range(self._world_size)]
+        return [int(self._store.get(key)) if self._store.check([key]) else -1 for key in keys]
+
+    def _behind(self, what: str, count: int) -> list[int]:
+        """The ranks with a lower number."""
+        return [rank for rank, found in enumerate(self._counts(what)) if found < count]
+
+    def _names(self, ranks: Sequence[int]) -> str:
+        hosts = sorted({self._store.get(_host_key(rank)).decode() for rank in ranks})
+        return f"{_name_ranks(ranks, self._world_size)} (on {', '.join(hosts)})"
 
 
 def _host_key(rank: int) -> str:

@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pixio.engine import signals
 from pixio.engine.parallel import broadcast, checkpoint_activations, make_mesh, replicate, shard
 from pixio.engine.ranks import Collectives, Ranks, find_ranks, join_ranks
 
@@ -145,14 +146,15 @@ def start_runtime(
             MASTER_PORT.
         parallel: what `Runtime.wrap` does with a model: a copy on every rank (ddp), shards over all ranks
             (fsdp), or shards over the ranks of a node and a copy on every node (hybrid).
-        timeout_minutes: how long ranks wait for another before all end with a message that names it; where
-            it cannot be told who is missing, torch ends them after twice this time.
+        timeout_minutes: how long ranks wait for another, or for its GPU, before all end with a message that
+            names it; where it cannot be told who is missing, torch ends them after twice this time.
         port: of the rendezvous, where neither `dist_url` nor MASTER_PORT says it.
 
     Raises:
         ValueError: the device or precision is not available here, or the ranks contradict each other.
         OSError: the other ranks cannot be reached, or some did not come.
     """
+    signals.end_workers_with_this_process()
     ranks = find_ranks(os.environ, world_size, local_rank, dist_url, port)
     chosen = choose_device(device, ranks)
     precision = _choose_dtype(dtype, chosen)

@@ -1,11 +1,13 @@
 """One launcher for every training program: `sbatch` through submitit, with requeueing.
 
 A job is a script and its arguments. SLURM warns it with SIGUSR2 before a time limit or a preemption: the
-program finishes its step, saves and exits (`pixio.engine.signals`), and the job requeues itself. A job that
-fails is requeued too if it has saved a checkpoint since it started; one that makes no progress is not. The
-next attempt resumes by itself, because its arguments, and so its output folder, are the same.
+program finishes its step, saves and exits (`pixio.engine.signals`), and the job requeues itself, as it does
+where the step never ends. A job that
+fails is requeued too if it has saved a later step than it started from; one that fails where it failed before
+stays down. The next attempt resumes by itself, because its arguments, and so its output folder, are the same.
 """
 
+import contextlib
 import dataclasses
 import os
 import runpy
@@ -24,7 +26,7 @@ from typing import Any
 import submitit
 
 from pixio.engine.config import option
-from pixio.engine.signals import EXIT_PREEMPTED, WARNING, defer_signals, received
+from pixio.engine.signals import EXIT_PREEMPTED, WARNING, call_if_stuck, defer_signals, received
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _NOT_CODE = ("__pycache__", ".*")
@@ -93,10 +95,19 @@ class Job:
 
     script: str
     arguments: tuple[str, ...]
+    grace: float  # seconds after a warning in which the program may finish its step, save and exit
 
     def __call__(self) -> None:
         requeue = signal.getsignal(WARNING)  # submitit's: it would exit at once, in the middle of a step
-        with defer_signals():
+
+        def requeue_anyway() -> None:
+            print(f"warned {self.grace:g} s ago and still in the same step: requeued", file=sys.stderr)
+            with contextlib.suppress(SystemExit):  # it would end this thread only
+                requeue(WARNING, None)
+            if submitit.JobEnvironment().global_rank == 0:  # the others end with the job
+                os._exit(255)
+
+        with defer_signals(), call_if_stuck(requeue_anyway, self.grace):
             for name in _LEFT_BY_SHELLS:
                 os.environ.pop(name, None)  # every attempt has its own rendezvous
             number = submitit.JobEnvironment().job_id
@@ -146,7 +157,7 @@ def launch(config: LaunchConfig, script: Path) -> None:
     if output is None:
         output = str(folder)
         arguments += (f"--output_dir={output}",)
-    job = Job(str(script.absolute()), arguments)
+    job = Job(str(script.absolute()), arguments, grace=0.8 * config.warning)
     if config.local:
         _run_here(config, folder, setup, job)
         return
@@ -207,7 +218,9 @@ def _sbatch_options(config: LaunchConfig, setup: Sequence[str], output: Path) ->
         name, equals, value = pair.partition("=")
         further[name.removeprefix("--")] = value if equals else True
     pointer = '"$SLURM_JOB_ID"'.join(map(shlex.quote, str(output / "checkpoints" / "latest").split("%j")))
-    saved = f"$(cat {pointer} 2>/dev/null)"
+    # The name in the pointer is step_00000100, or step_00000100-1 where that step was saved once more.
+    step_saved = f"step_saved() {{ local name=$(cat {pointer} 2>/dev/null); name=${{name#step_}}; "
+    step_saved += "echo $((10#0${name%%-*})); }"
     options = {
         "job_name": config.job_name,
         "nodes": config.nodes,
@@ -220,13 +233,18 @@ def _sbatch_options(config: LaunchConfig, setup: Sequence[str], output: Path) ->
         "additional_parameters": further,
         # A lost process would leave the others waiting; newer srun does not inherit the job's cores.
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={config.cpus_per_task}"],
-        "setup": [*setup, f"saved={saved}"],
+        "setup": [*setup, step_saved, "started=$(step_saved)"],
         "teardown": [
             "status=$?",
             # 75: preempted; 255: has requeued itself
-            f'if [[ ! $status =~ ^(0|{EXIT_PREEMPTED}|255)$ && "{saved}" != "$saved" ]]; then',
-            '    echo "failed with status $status after a new checkpoint: requeued" >&2',
-            "    exec scontrol requeue $SLURM_JOB_ID",
+            f"if [[ ! $status =~ ^(0|{EXIT_PREEMPTED}|255)$ ]]; then",
+            "    reached=$(step_saved)",
+            "    if (( reached > started )); then",
+            '        echo "failed with status $status after step $reached was saved: requeued" >&2',
+            "        exec scontrol requeue $SLURM_JOB_ID",
+            "    fi",
+            '    echo "failed with status $status, and no step after $started, where this attempt began, '
+            'was saved: not requeued" >&2',
             "fi",
             "exit $status",
         ],
