@@ -41,6 +41,7 @@ from pixio.engine.training import (
     state_to_resume,
 )
 from pixio.images.normalization import normalize
+from pixio.models.health import HealthWatch
 
 
 # ---------------------------------------------------------------------------------------------- configuration
@@ -146,6 +147,7 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
         loader = Loader(stream, **config.loader_options(runtime), state=position)
     if config.compile:
         teacher = runtime.compile(teacher)
+    health = HealthWatch("the teacher", "Students have little to learn from it: choose another")
 
     def prepare(batch: dict[str, Tensor]) -> Batch:
         """What all students share: pixels, the teacher's tokens, and one mask if they are to share it."""
@@ -155,6 +157,7 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
         else:
             with runtime.autocast():
                 targets = teacher_tokens(teacher, pixels, grid)
+        health.keep(targets.patch)
         if config.share_masks:
             noise = torch.rand(len(pixels), trainers[0].objective.n_cells, device=pixels.device)
         return Batch(pixels, targets, noise)
@@ -198,6 +201,7 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
             images,
             waiting,
             **student_metrics(runtime, trainers, results, rates),
+            teacher={"health": health.measure},
             memory=runtime.memory,
             data=dict(loader.counts),
         )

@@ -3,7 +3,7 @@
 Letters: B images, N patches, V visible patches, C class tokens, d student width, D teacher width.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from pixio.engine.optim import make_adamw
 from pixio.engine.runtime import Runtime
 from pixio.engine.step import StepResult
 from pixio.models.encoder import PixioViT
+from pixio.models.health import HealthWatch
 from pixio.models.layers import init_weights
 from pixio.models.masking import block_mask, cell_grid, count_kept, split_patches
 from pixio.weights.loading import assign
@@ -31,11 +32,15 @@ class Student(nn.Module):
     Args:
         encoder: trained in place; the projector follows its final norm.
         teacher_dim: width D.
+
+    Attributes:
+        health: of the encoder, on the patches of the newest images.
     """
 
     def __init__(self, encoder: PixioViT, teacher_dim: int):
         super().__init__()
         self.encoder = encoder
+        self.health = HealthWatch("the student")
         self.last_proj = nn.Sequential(
             nn.Linear(encoder.embed_dim, teacher_dim),
             nn.LayerNorm(teacher_dim),
@@ -54,6 +59,7 @@ class Student(nn.Module):
             Projected tokens, [B, C, D] and [B, V, D].
         """
         features = self.encoder(images, [-1], ids_keep)[0]
+        self.health.keep(features["patch_tokens"].detach())
         # one after the other: FSDP2 warns of outputs that are parts of one tensor
         return Tokens(
             self.last_proj(features["cls_tokens_norm"]), self.last_proj(features["patch_tokens_norm"])
@@ -189,7 +195,7 @@ class StudentTrainer:
 
 def student_metrics(
     runtime: Runtime,
-    trainers: Iterable[StudentTrainer],
+    trainers: Sequence[StudentTrainer],
     results: Mapping[str, StepResult],
     rates: Mapping[str, float],
 ) -> dict[str, Any]:
@@ -205,8 +211,9 @@ def student_metrics(
                 "loss_patch": patch,
                 "lr": rates[name],
                 "grad_norm": result.grad_norm,
+                "health": trainer.student.health.measure,
             }
-            for (name, result), (cls, patch) in zip(results.items(), terms, strict=True)
+            for trainer, (name, result), (cls, patch) in zip(trainers, results.items(), terms, strict=True)
         },
     }
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from held_out import HeldOut
 from torch import Tensor, nn
 
 import pixio
@@ -34,6 +35,7 @@ from pixio.engine.training import (
     state_to_resume,
 )
 from pixio.images.normalization import normalize
+from pixio.models.health import HealthWatch
 from pixio.models.registry import initialize_from
 
 
@@ -53,6 +55,10 @@ class PretrainConfig(TrainConfig):
         None, "training checkpoint, ours or the release's, to start from with encoder and decoder"
     )
     freeze_encoder_steps: int = option(0, "first steps during which only the decoder learns", ge=0)
+    val_data: str | None = option(None, "folder of images never trained on, whose loss is logged too")
+    val_freq: int = option(
+        500, "steps between losses of --val_data; the last step always ends with one", ge=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,6 +112,8 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
         print(stream.describe())
     loader = Loader(stream, **config.loader_options(runtime), state=state["data"] if state else None)
 
+    held_out = HeldOut(config.val_data, mae, config.mask_ratio) if config.val_data else None
+
     # ---- loop
     def save(step: int, wait: bool = True) -> None:
         models = {
@@ -118,9 +126,11 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
 
     def loss_fn(model: nn.Module, pixels: Tensor) -> Tensor:
         pixels = normalize(pixels.to(runtime.device, non_blocking=True))
-        return model(pixels, config.mask_ratio).loss
+        output = model(pixels, config.mask_ratio)
+        health.keep(output.tokens)
+        return output.loss
 
-    log = start_log(config, runtime, start)
+    log, health = start_log(config, runtime, start), HealthWatch()
     interval = Interval(runtime, config.save_steps, config.save_minutes)
     batches = iter(loader)
     model.train()
@@ -138,13 +148,18 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
             raise
         images += config.images_per_step(runtime.world_size)
         done = step + 1
+        validate = held_out and (done % config.val_freq == 0 or done == config.total_steps)
+        held_out_loss = {"held_out_loss": held_out.loss(runtime, model)} if validate else {}
         log.step(
             done,
             images,
             waiting,
+            always=bool(validate),
             loss=result.loss,
             lr=lr,
             grad_norm=result.grad_norm,
+            health=health.measure,
+            **held_out_loss,
             memory=runtime.memory,
             data=dict(loader.counts),
         )

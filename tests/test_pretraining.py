@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from helpers import interrupt_twice
+from held_out import HeldOut
+from helpers import ALONE, interrupt_twice
 from PIL import Image
 
 import pixio
@@ -86,6 +87,37 @@ def test_every_kind_of_data_trains_and_leaves_a_loadable_encoder(trees, tmp_path
     assert mae.mask_grid == 2
     for name, value in encoder.state_dict().items():
         assert torch.equal(value, mae.encoder.state_dict()[name]), name
+
+
+def test_the_held_out_loss_is_that_of_the_saved_model_on_fixed_masks_and_health_is_logged(trees, tmp_path):
+    held_out = Path(trees["folder"][-1])
+    for name, seed in (("run", 0), ("again", 1)):
+        flags = ["--val_data", held_out, "--val_freq", "4", "--log_freq", "5", "--seed", seed]
+        run(*trees["imagenet"], *flags, "--output_dir", tmp_path / name)
+    rows = log_of(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 4, 5, 6]
+    assert ["held_out_loss" in row for row in rows] == [False, True, False, True]
+    assert all(0 < row["health"]["variance"] <= 1 for row in rows)
+    for name in ("run", "again"):  # whatever the seed of the run
+        mae = pixio.load_mae(tmp_path / name / "checkpoints/step_00000006")
+        expected = HeldOut(held_out, mae, 0.75).loss(ALONE, mae, batch_size=64)
+        assert log_of(tmp_path / name)[-1]["held_out_loss"] == expected
+    with pytest.raises(SystemExit):
+        run(*trees["imagenet"], "--val_data", tmp_path / "none", "--output_dir", tmp_path / "fails")
+
+
+def test_validation_changes_nothing_else(trees, tmp_path):
+    run(*trees["imagenet"], "--output_dir", tmp_path / "without")
+    run(
+        *trees["imagenet"],
+        "--val_data",
+        trees["folder"][-1],
+        "--val_freq",
+        "1",
+        "--output_dir",
+        tmp_path / "with",
+    )
+    assert_equal_runs(tmp_path / "without", tmp_path / "with")
 
 
 class Killed(BaseException):

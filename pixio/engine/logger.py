@@ -15,6 +15,7 @@ from typing import Any
 
 from pixio.files import disk_full, finite, write_atomic, write_text
 
+_SHOWN = ("loss", "held_out_loss", "lr", "grad_norm")  # by the progress line
 _SECONDS_BETWEEN_LINES = 10.0  # where the output is a file, a line per logged step would bury everything else
 
 
@@ -79,20 +80,23 @@ class Log:
         self._last: tuple[float, int] | None = None  # time and images seen at the line before
         self._waited = 0.0
 
-    def step(self, step: int, images: int, data_wait: float = 0.0, **values: Any) -> None:
+    def step(
+        self, step: int, images: int, data_wait: float = 0.0, always: bool = False, **values: Any
+    ) -> None:
         """Report that `step` steps have been taken.
 
         Args:
             step: optimizer steps so far; the first call of a run says 1.
             images: images seen so far, over all ranks.
             data_wait: seconds this step waited for its data.
+            always: log this step whatever its number.
             values: what else to log, by name: numbers, scalar tensors, text, dictionaries of these, or
                 functions without arguments that give one, called on logged steps only.
         """
         if not self.is_main:
             return
         self._waited += data_wait
-        if step == 1 or step % self.every == 0 or step == self.total_steps:
+        if always or step == 1 or step % self.every == 0 or step == self.total_steps:
             row = {"step": step, "images": images} | {name: _plain(value) for name, value in values.items()}
             row |= self._rates(images)
             for name, write in self._sinks.items():
@@ -184,7 +188,7 @@ class _Progress:
 
     def show(self, step: int, row: dict[str, Any]) -> None:
         numbers = _numbers(row)
-        words = [f"{name} {numbers[name]:.4g}" for name in ("loss", "lr", "grad_norm") if name in numbers]
+        words = [f"{name} {numbers[name]:.4g}" for name in _SHOWN if name in numbers]
         for name, value in numbers.items():  # of models that learn side by side, the terms of their losses
             if name.endswith(("/loss_cls", "/loss_patch")):
                 words.append(f"{name.partition('/')[2]} {value:.4g}")

@@ -23,12 +23,14 @@ class MAEOutput(NamedTuple):
     """What one forward pass of `PixioMAE` gives.
 
     loss: scalar float32. pred: [B, N, p*p*K], patch vectors in (row, column, channel) order, of normalized
-    patches when `norm_pix_loss`. mask: float32 [B, N], 0 = kept, 1 = masked.
+    patches when `norm_pix_loss`. mask: float32 [B, N], 0 = kept, 1 = masked. tokens: [B, V, D], the visible
+    patches as they leave the encoder's last block, detached: what `pixio.models.health` measures.
     """
 
     loss: Tensor
     pred: Tensor
     mask: Tensor
+    tokens: Tensor
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -117,7 +119,7 @@ class PixioMAE(nn.Module):
         ids_keep, ids_restore = split_patches(mask, n_visible)  # [B, V], [B, N]
         features = self.encoder(images, block_ids=[-1], ids_keep=ids_keep)[0]
         pred = self.decode(features["cls_tokens_norm"], features["patch_tokens_norm"], ids_restore, grid)
-        return MAEOutput(self.loss(images, pred, mask), pred, mask)
+        return MAEOutput(self.loss(images, pred, mask), pred, mask, features["patch_tokens"].detach())
 
     def decode(
         self, cls_tokens: Tensor, visible: Tensor, ids_restore: Tensor, grid: tuple[int, int]
