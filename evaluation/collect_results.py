@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     """Print the table."""
     folders = parse(TableConfig, argv, prog="collect_results.py").folders
     with program("collect_results.py", "eval"):
-        if missing := [str(folder) for folder in folders if not folder.is_dir()]:
+        if missing := [str(folder.absolute()) for folder in folders if not folder.is_dir()]:
             raise FileNotFoundError(f"no folder {', '.join(missing)}")
         rows = collect(folders)
         if not rows:

@@ -74,7 +74,8 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path.stat().st_size:,} bytes, at most {MAX_JSON:,} expected")
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {str(error).splitlines()[0]}") from None
+        reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
+        raise ValueError(f"{path.absolute()} cannot be read as JSON: {reason}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
     return content

@@ -270,7 +270,9 @@ def report(config: ReportConfig) -> None:
     ]
     scored = [image for image in images if has_scores(image.record, SCORES["size"] + SCORES["entropy"])]
     if not scored:
-        raise ValueError(f"{config.json_path} holds no histogram_score for the tars in {config.data_path}")
+        raise ValueError(
+            f"{Path(config.json_path).absolute()} holds no histogram_score for the tars in {config.data_path}"
+        )
     values = {
         "histogram_score": np.array([image.record["histogram_score"] for image in scored]),
         "shorter side": np.array([min(image.record["width"], image.record["height"]) for image in scored]),

@@ -229,7 +229,7 @@ def test_interrupted_run_goes_on_and_writes_the_same_bytes(tars, scored, checkpo
         write(path, records)
 
     monkeypatch.setattr(curate, "write_statistics", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         run(tars, tmp_path, "--checkpoint", checkpoint)
     assert len(content(tmp_path)) == 3  # two tars and the settings
     run(tars, tmp_path, "--checkpoint", checkpoint)

@@ -1,6 +1,7 @@
 """Output that cannot be written ends no program; a mistake ends it with one line."""
 
 import importlib
+import re
 import subprocess
 import sys
 
@@ -54,6 +55,13 @@ def test_a_mistake_is_one_line_and_other_errors_pass():
         raise RuntimeError
     with pytest.raises(SystemExit, match="failed"), program("prog", "eval", (RuntimeError,)):
         raise RuntimeError("failed")
+
+
+def test_a_file_that_the_system_refuses_is_named_by_its_whole_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    expected = f"^prog: error: {re.escape(str(tmp_path))}/no/such.txt: No such file or directory$"
+    with pytest.raises(SystemExit, match=expected), program("prog", "eval"):
+        open("no/such.txt")  # noqa: SIM115
 
 
 def test_ctrl_c_before_there_is_anything_to_save_is_one_line(capsys):

@@ -507,7 +507,7 @@ def test_a_repository_without_weights_says_so(folder, hub_cache):
             ValueError,
             r"request access at https://huggingface.co/a/b .*hf auth login",
         ),
-        (errors.RepositoryNotFoundError, FileNotFoundError, r"no file or folder a/b, and no repository"),
+        (errors.RepositoryNotFoundError, FileNotFoundError, r"no file or folder /.*/a/b, and no repo"),
         (errors.HfHubHTTPError, ValueError, r"https://huggingface.co/a/b cannot be downloaded: 503"),
     ],
 )

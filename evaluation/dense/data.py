@@ -131,9 +131,11 @@ def open_split(
         named = ", ".join(missing[:3])
         lacking = f"; missing {named}" + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
     if not pairs and file:
-        raise FileNotFoundError(f"{file} names no {split} pairs")
+        raise FileNotFoundError(f"{Path(file).absolute()} names no {split} pairs")
     if not pairs:
-        raise FileNotFoundError(f"{root} holds no {split} pairs{lacking}; see the README for its layout")
+        raise FileNotFoundError(
+            f"{root.absolute()} holds no {split} pairs{lacking}; see the README for its layout"
+        )
     data = PairDataset(root, pairs, source.read, partial(source.crop, size=crop_size) if crop_size else None)
     published, warnings = source.published.get(split, len(pairs)), []
     if not file and len(pairs) != published:

@@ -91,7 +91,7 @@ def read_split_file(root: Path, file: Path, folders: tuple[str, ...] = ()) -> li
         ValueError: a line that is not two paths.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"no split file at {file}")
+        raise FileNotFoundError(f"no split file at {file.absolute()}")
     data, exists, pairs, missing = file.read_bytes(), finder(root), [], []
     utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = data.decode("utf-16") if utf16 else data.decode("utf-8-sig", errors="surrogateescape")
@@ -116,5 +116,6 @@ def read_split_file(root: Path, file: Path, folders: tuple[str, ...] = ()) -> li
         if len(found) == 2:
             pairs.append(Pair(*found))
     if missing:
-        raise FileNotFoundError(f"{file} names {len(missing)} files that {root} lacks, such as {missing[0]}")
+        found = f"{len(missing)} files that {root.absolute()} lacks, such as {missing[0]}"
+        raise FileNotFoundError(f"{file.absolute()} names {found}")
     return pairs

@@ -145,7 +145,7 @@ def _pixels(mae: PixioMAE, images: Sequence[str]) -> Tensor:
 # ----------------------------------------------------------------------------------------------- evaluations
 def _find_results(run: Path, folders: Sequence[Path]) -> list[tuple[Path, dict[str, Any]]]:
     """All `results.json` of a run; see `write_report`."""
-    if missing := [str(folder) for folder in folders if not folder.is_dir()]:
+    if missing := [str(folder.absolute()) for folder in folders if not folder.is_dir()]:
         raise FileNotFoundError(f"no folder {', '.join(missing)}")
     files = [file.resolve() for folder in (run, *folders) for file in sorted(folder.rglob("results.json"))]
     found = {file: read_json(file) for file in files}

@@ -141,7 +141,8 @@ class Curation:
 
     def __post_init__(self) -> None:
         if not os.path.isdir(self.json_path):
-            raise FileNotFoundError(f"json_path {self.json_path!r} is not a folder of curation statistics")
+            place = os.path.abspath(self.json_path)
+            raise FileNotFoundError(f"json_path {place} is not a folder of curation statistics")
 
     def load(self, shard: TarShard) -> dict[str, Any] | None:
         """Read the statistics of a tar.

@@ -131,7 +131,7 @@ def _tars(data_path: str | None, suffixes: tuple[str, ...], what: str, search: C
         given = expand_urls(data_path)
         for location in given:
             if not is_url(location) and not os.path.isfile(location):
-                raise FileNotFoundError(f"no tar {location} (from data_path {data_path})")
+                raise FileNotFoundError(f"no tar {os.path.abspath(location)} (from data_path {data_path})")
         locations = [name if is_url(name) else os.path.abspath(name) for name in given]
         return list(map(TarShard, _portable_names(locations), locations, repeat(suffixes)))
     root = _folder(data_path)
@@ -196,9 +196,12 @@ def _scenes(data_path: str | None, size: int, suffixes: tuple[str, ...]) -> list
 def _folder(data_path: str | None) -> Path:
     if data_path and os.path.isfile(data_path):
         hint = _hint(Path(data_path).parent)
-        raise FileNotFoundError(f"data_path {data_path} is neither a folder nor a plain .tar{hint}")
+        raise FileNotFoundError(
+            f"data_path {os.path.abspath(data_path)} is neither a folder nor a plain .tar{hint}"
+        )
     if not data_path or not os.path.isdir(data_path):
-        raise FileNotFoundError(f"data_path {data_path!r} is not a folder; it must hold the training images")
+        place = os.path.abspath(data_path) if data_path else repr(data_path)
+        raise FileNotFoundError(f"data_path {place} is not a folder; it must hold the training images")
     return Path(data_path)
 
 

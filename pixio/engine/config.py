@@ -27,6 +27,7 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
+from pixio.engine.program import explain
 from pixio.files import write_text
 
 Config = TypeVar("Config")
@@ -120,7 +121,7 @@ def parse(
             raise ValueError(f"missing {', '.join(missing)}")
         return cls(**values)
     except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
+        parser.error(" ".join(explain(error).split()))
 
 
 def parse_command(

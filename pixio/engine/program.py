@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Any, TextIO
 
 
@@ -28,11 +29,15 @@ def program(name: str, extra: str, failures: tuple[type[Exception], ...] = ()) -
             raise SystemExit(130) from None
 
 
-def explain(error: Exception, extra: str) -> str:
-    """The message of `error`; of a library that is not installed, with the extra that brings it."""
+def explain(error: Exception, extra: str = "all") -> str:
+    """The message of `error`: of a library that is not installed with the extra that brings it, and of a file
+    that the system refused with its whole path.
+    """
     if isinstance(error, ModuleNotFoundError) and error.name:
         library = error.name.partition(".")[0]
         return f"{library} is not installed: pip install 'pixio[{extra}]' brings it"
+    if isinstance(error, OSError) and error.strerror and isinstance(error.filename, str | os.PathLike):
+        return f"{Path(error.filename).absolute()}: {error.strerror}"
     return str(error)
 
 

@@ -130,12 +130,13 @@ def find_images(sources: Sequence[str], chunk: int = FOLDER_CHUNK) -> list[Shard
     for source in sources:
         found = [source] if Path(source).exists() else _match(source)
         if not found:
-            raise FileNotFoundError(f"no file or folder {source}")
+            raise FileNotFoundError(f"no file or folder {Path(source).absolute()}")
         inside = [file for path in map(Path, found) for file in _files(path)]
         images = [str(file) for file in inside if file.suffix.lower() in IMAGE_SUFFIXES]
         archives = [str(file) for file in inside if file.suffix.lower() == ".tar"]
         if not images and not archives:
-            raise FileNotFoundError(f"no image ({', '.join(IMAGE_SUFFIXES)}) and no .tar in {source}")
+            place = Path(source).absolute()
+            raise FileNotFoundError(f"no image ({', '.join(IMAGE_SUFFIXES)}) and no .tar in {place}")
         files |= dict.fromkeys(images)
         tars |= dict.fromkeys(archives)
     return folder_shards("", "", list(files), chunk) + [TarShard(tar, tar) for tar in tars]

@@ -314,6 +314,6 @@ def check_target(target: str | Path, to: str) -> None:
             f"{target} as {to}: a file's format is inferred from its suffix, name it {target.stem}.{to}"
         )
     if target.exists():
-        raise FileExistsError(f"{target} exists: remove it or choose another name")
+        raise FileExistsError(f"{target.absolute()} exists: remove it or choose another name")
     if not target.parent.is_dir():
-        raise FileNotFoundError(f"no folder {target.parent} to write {target.name} to")
+        raise FileNotFoundError(f"no folder {target.parent.absolute()} to write {target.name} to")

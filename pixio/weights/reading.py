@@ -78,7 +78,8 @@ def read_file(path: str | Path) -> dict[str, Any]:
         content = read_checkpoint(path, verify=slice(0))
         return {**content, "model": materialize(content["model"])} if "model" in content else content
     if not path.is_file():
-        raise FileNotFoundError(f"no weight file at {path}" + (" (it is a folder)" if path.is_dir() else ""))
+        kind = " (it is a folder)" if path.is_dir() else ""
+        raise FileNotFoundError(f"no weight file at {path.absolute()}{kind}")
     _check_kind(path)
     try:
         if path.suffix == ".safetensors":
@@ -199,11 +200,12 @@ def parse_name(name: str) -> dict[str, tuple[int, int, int]]:
 
 def _download(repository: str) -> Path:
     """The local copy of a Hugging Face repository; `.pth` files only where there is nothing safer."""
+    nothing = f"there is no file or folder {Path(repository).absolute()}"
     try:
         from huggingface_hub import errors, snapshot_download
     except ImportError:
         raise ImportError(
-            f"there is no file or folder {repository}; to fetch the repository of this name from the Hugging "
+            f"{nothing}; to fetch the repository of this name from the Hugging "
             "Face hub, `pip install huggingface_hub`"
         ) from None
     page = f"https://huggingface.co/{repository}"
@@ -219,12 +221,12 @@ def _download(repository: str) -> Path:
         ) from None
     except errors.RepositoryNotFoundError:
         raise FileNotFoundError(
-            f"there is no file or folder {repository}, and no repository {page} that you may see; if it is "
+            f"{nothing}, and no repository {page} that you may see; if it is "
             "private, log in with `hf auth login`"
         ) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         raise FileNotFoundError(
-            f"there is no file or folder {repository}, the repository of this name is not in the cache, and "
+            f"{nothing}, the repository {repository} is not in the cache, and "
             "the hub cannot be reached (no network, or HF_HUB_OFFLINE is set): download it once with "
             f"`hf download {repository}`"
         ) from None
@@ -249,8 +251,8 @@ def _read_folder(folder: Path) -> dict[str, Any]:
     found = sorted(file.name for file in folder.iterdir() if file.suffix in _SUFFIXES)
     if _SINGLE not in found and len(found) != 1:
         raise FileNotFoundError(
-            f"{folder} holds {some(found) or 'no weight file'}; expected {_SINGLE}, {_INDEX} with its "
-            f"shards, or one file ending in {', '.join(_SUFFIXES)}: name the file"
+            f"{folder.absolute()} holds {some(found) or 'no weight file'}; expected {_SINGLE}, {_INDEX} with "
+            f"its shards, or one file ending in {', '.join(_SUFFIXES)}: name the file"
         )
     return read_file(_inside(folder, _SINGLE if _SINGLE in found else found[0]))
 

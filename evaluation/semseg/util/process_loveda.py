@@ -63,7 +63,9 @@ def main(argv: list[str]) -> None:
     found = {masks.parent for name in ("masks_png", "masks_png_raw") for masks in root.glob(f"*/*/*/{name}")}
     halves = sorted(half for half in found if half.name in ("Rural", "Urban"))
     if not halves:
-        raise SystemExit(f"process_loveda.py: error: no Train/Train/Rural/masks_png or the like in {root}")
+        raise SystemExit(
+            f"process_loveda.py: error: no Train/Train/Rural/masks_png or the like in {root.absolute()}"
+        )
     for half in halves:
         try:
             count = convert_folder(half / "masks_png")
