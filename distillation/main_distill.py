@@ -129,7 +129,8 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
         state.get("teacher") if state else None,
     )
     if not config.feature_cache:  # which every rank fills with a whole one
-        teacher = runtime.wrap(teacher)
+        ours = isinstance(teacher, pixio.PixioViT)  # other libraries' blocks may not be one graph
+        teacher = runtime.wrap(teacher, compile=config.compile if ours else False)
     trainers = [make_trainer(config, runtime, teacher, i) for i in range(len(config.student_models))]
     for trainer in trainers if state else ():
         trainer.load_state_dict(state["students"][trainer.name])
@@ -145,8 +146,6 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
     else:
         position = state["data"] if state else None
         loader = Loader(stream, **config.loader_options(runtime), state=position)
-    if config.compile:
-        teacher = runtime.compile(teacher)
     health = HealthWatch("the teacher", "Students have little to learn from it: choose another")
 
     def prepare(batch: dict[str, Tensor]) -> Batch:
@@ -237,8 +236,8 @@ def make_trainer(config: DistillConfig, runtime: Runtime, teacher: nn.Module, i:
         config.peak_lr(runtime.world_size, i),
         runtime,
         config.weight_decay,
-        config.compile,
         config.grad_checkpointing,
+        config.compile,
     )
 
 

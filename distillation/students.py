@@ -146,8 +146,7 @@ class StudentTrainer:
         peak_lr: top of its schedule.
         runtime: the ranks.
         weight_decay: of its optimizer.
-        compile: run it through torch.compile.
-        activation_checkpointing: see `Runtime.wrap`.
+        activation_checkpointing, compile: see `Runtime.wrap`.
     """
 
     def __init__(
@@ -158,16 +157,14 @@ class StudentTrainer:
         peak_lr: float,
         runtime: Runtime,
         weight_decay: float,
-        compile: bool = False,
         activation_checkpointing: bool = False,
+        compile: bool | None = False,
     ):
         self.name, self.student, self.objective, self.peak_lr = name, student, objective, peak_lr
-        self.model = runtime.wrap(student, activation_checkpointing).train()
+        self.model = runtime.wrap(student, activation_checkpointing, compile).train()
         self.optimizer = make_adamw(student, peak_lr, weight_decay=weight_decay)
         self.scaler = runtime.make_scaler()
         self._terms: list[Tensor] = []
-        if compile:
-            self.model = runtime.compile(self.model)
 
     def loss_fn(self, model: nn.Module, batch: Batch) -> Tensor:
         """The objective as a scalar; its terms are kept for `pop_terms`."""

@@ -90,11 +90,9 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
         resized = initialize_from(mae, source, decoder=config.init_mae is not None)
         if resized and runtime.is_main:
             print(resized, flush=True)
-    model = runtime.wrap(mae, activation_checkpointing=config.grad_checkpointing)
+    model = runtime.wrap(mae, config.grad_checkpointing, config.compile)
     optimizer = make_adamw(mae, base_lr, weight_decay=config.weight_decay, parts=("encoder",))
     scaler = runtime.make_scaler()
-    if config.compile:
-        model = runtime.compile(model)
 
     # ---- resume
     checkpoints = Checkpoints(output / "checkpoints", runtime, keep_newest=2, keep_every=config.keep_every)

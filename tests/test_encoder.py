@@ -11,6 +11,7 @@ from transformers import PixioConfig, PixioModel
 
 import pixio
 from pixio import PixioViT
+from pixio.models.layers import stochastic_depth
 
 SMALL = {"img_size": 64, "embed_dim": 48, "depth": 4, "num_heads": 3, "n_cls_tokens": 3}
 
@@ -240,14 +241,30 @@ def test_keeping_all_patches_in_another_order_only_permutes_the_patch_tokens():
 
 
 def test_stochastic_depth_grows_linearly_and_keeps_the_mean():
-    model = PixioViT(**{**SMALL, "depth": 5}, drop_path=0.4)
-    assert [block.drop_path.probability for block in model.blocks] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
     torch.manual_seed(0)
-    drop = model.blocks[-1].drop_path
-    out = drop(torch.ones(20_000, 1, 1)).flatten()
-    assert out.unique().tolist() == pytest.approx([0.0, 1 / 0.6])
-    assert out.mean().item() == pytest.approx(1.0, abs=0.03)
-    assert torch.equal(drop.eval()(torch.ones(4, 2, 2)), torch.ones(4, 2, 2))
+    scales = stochastic_depth(0.4, 5, 20_000, torch.device("cpu"))
+    dropped = (scales == 0).float().mean(2)
+    torch.testing.assert_close(dropped, torch.linspace(0, 0.4, 5).repeat(2, 1).T, atol=0.01, rtol=0)
+    torch.testing.assert_close(scales.mean(2), torch.ones(5, 2), atol=0.03, rtol=0)
+    assert scales[-1].unique().tolist() == pytest.approx([0.0, 1 / 0.6])
+    assert (stochastic_depth(0.4, 1, 8, torch.device("cpu")) == 1).all()
+
+
+def test_a_dropped_branch_leaves_its_image_as_it_is():
+    model, x = random_encoder(), torch.randn(3, 5, 48)
+    block, scales = model.blocks[0], torch.tensor([[0.0, 2.0, 1.0], [0.0, 0.0, 1.0]])
+    out = block(x, scales)
+    assert torch.equal(out[0], x[0])
+    torch.testing.assert_close(out[1], x[1] + 2 * block.attn(block.norm1(x))[1])
+    torch.testing.assert_close(out[2], block(x)[2])
+
+
+def test_stochastic_depth_is_of_training_alone():
+    model, images = PixioViT(**SMALL, drop_path=0.9), torch.randn(4, 3, 32, 32)
+    once, again = (model(images)[-1]["patch_tokens"] for _ in range(2))
+    assert not torch.equal(once, again)
+    once, again = (model.eval()(images)[-1]["patch_tokens"] for _ in range(2))
+    assert torch.equal(once, again)
 
 
 def test_the_patch_projection_has_the_attributes_of_the_released_model():

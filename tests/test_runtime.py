@@ -12,7 +12,7 @@ from torch import nn
 
 from pixio.engine import ranks as ranks_module
 from pixio.engine.ranks import Ranks, find_ranks
-from pixio.engine.runtime import choose_device, start_runtime
+from pixio.engine.runtime import Runtime, choose_device, start_runtime
 
 
 def visible_gpus(monkeypatch, count: int) -> None:
@@ -115,8 +115,16 @@ def test_compile_without_a_compiler_is_one_line(monkeypatch):
     with pytest.raises(
         ValueError, match=r"--compile does not work here \(no compiler found\): install"
     ) as found:
-        ALONE.compile(nn.Linear(1, 1))
+        ALONE.wrap(nn.Linear(1, 1), compile=True)
     assert "\n" not in str(found.value)
+
+
+def test_a_gpu_without_a_compiler_trains_uncompiled_and_says_so(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda _: raising("no compiler found"))
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: None)
+    with pytest.warns(UserWarning, match="not compiled, which costs speed: no compiler found"):
+        assert not Runtime(torch.device("cuda"))._compiles(None)
+    assert not ALONE._compiles(None)
 
 
 def raising(text: str):

@@ -19,5 +19,5 @@ torchrun --standalone --nproc_per_node "${GPUS:-1}" main_distill.py \
     --input_size 256 --crop_scale_min 0.2 --num_workers 12 \
     --batch_size 128 --accum_iter 8 --lr 1e-3 --weight_decay 0.05 \
     --epochs 100 --iter_per_epoch 1250 --warmup_epochs 10 --save_freq 20 \
-    --compile --output_dir runs/pixio_vits16+vitti16_onegpu \
+    --output_dir runs/pixio_vits16+vitti16_onegpu \
     "$@"

@@ -17,11 +17,26 @@ from torch.utils.checkpoint import checkpoint
 
 from pixio.engine.ranks import Ranks
 
+BACKEND = "inductor"  # of torch.compile
+GRAPHS = 64  # of the blocks of a process, all models and sizes together; torch's 8 would refuse the ninth
+
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The members of the module lists of `model`: the large parts that run one after another."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return [block for blocks in lists for block in blocks]
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile the forward pass of each block as one graph, in place; blocks of one shape share theirs.
+
+    Before activation checkpointing and before the model is copied or sharded, so that both stay outside of
+    what is compiled. Sizes are constants: each different one, of images or widths, is a graph of its own.
+    """
+    torch._dynamo.config.optimize_ddp = False  # DDP's buckets are cut between blocks already
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    for block in blocks_of(model):
+        block.forward = torch.compile(block.forward, backend=BACKEND, fullgraph=True, dynamic=False)
 
 
 def checkpoint_activations(model: nn.Module, context_fn: Callable | None = None) -> None:

@@ -21,7 +21,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pixio.engine import signals
-from pixio.engine.parallel import broadcast, checkpoint_activations, make_mesh, replicate, shard
+from pixio.engine.parallel import (
+    broadcast,
+    checkpoint_activations,
+    compile_blocks,
+    make_mesh,
+    replicate,
+    shard,
+)
 from pixio.engine.ranks import Collectives, Ranks, find_ranks, join_ranks
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -76,17 +83,26 @@ class Runtime(Collectives):
         text = f"{seed}/{step}/{self.rank}{part and '/'}{part}".encode()
         torch.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big", signed=True))
 
-    def wrap(self, model: nn.Module, activation_checkpointing: bool = False) -> nn.Module:
+    def wrap(
+        self, model: nn.Module, activation_checkpointing: bool = False, compile: bool | None = False
+    ) -> nn.Module:
         """Move `model` to the device, with rank 0's weights; its gradients become the mean over ranks.
 
         Only parameters that require a gradient now take part: wrap again after freezing or unfreezing some.
         With a mesh the parameters of `model` itself become shards (so make the optimizer afterwards).
 
         Args:
-            model: its blocks, the members of its module lists, are sharded and checkpointed one by one.
+            model: its blocks, the members of its module lists, are compiled, checkpointed and sharded one by
+                one.
             activation_checkpointing: run each block again in the backward pass instead of keeping its
                 activations.
+            compile: the blocks, with torch.compile; None: on a GPU, where a compiler is found.
+
+        Raises:
+            ValueError: `compile` is True, and there is no compiler.
         """
+        if self._compiles(compile):
+            compile_blocks(model)
         if activation_checkpointing:
             # The second pass restores autocast by itself, but not the attention kernels chosen on CPUs.
             contexts = (lambda: (contextlib.nullcontext(), self.autocast())) if self._on_cpu else None
@@ -95,19 +111,21 @@ class Runtime(Collectives):
             return shard(model, self.mesh, self.dtype, functools.partial(broadcast, device=self.device))
         return replicate(model, self.device) if self.world_size > 1 else model.to(self.device)
 
-    def compile(self, model: nn.Module) -> nn.Module:
-        """`torch.compile`, after a trial with one addition: what it lacks is said before training starts.
-
-        Raises:
-            ValueError: it does not work here, for want of a compiler or otherwise.
-        """
+    def _compiles(self, wanted: bool | None) -> bool:
+        """Whether to compile; tries it with one addition, so that what it lacks is said before training."""
+        if wanted is False or (wanted is None and self.device.type != "cuda"):
+            return False
         try:
             torch.compile(lambda x: x + 1)(torch.ones(2, device=self.device))
         except Exception as error:  # each backend has its own
             reason = str(error).strip().partition("\n")[0]
+            if wanted is None:
+                if self.is_main:
+                    warnings.warn(f"the blocks are not compiled, which costs speed: {reason}", stacklevel=3)
+                return False
             remedy = "install a C++ compiler such as g++, or leave --compile out"
             raise ValueError(f"--compile does not work here ({reason}): {remedy}") from error
-        return torch.compile(model)
+        return True
 
     def memory(self) -> float:
         """Peak memory in GiB: allocated by torch on a GPU, resident in this process on a CPU."""

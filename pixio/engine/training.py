@@ -73,7 +73,7 @@ class TrainConfig:
     # hardware
     device: str = option("auto", "auto (a GPU if there is one), cpu, or the name of a torch device")
     dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", "what autocast computes in")
-    compile: bool = option(False, "compile the model with torch.compile")
+    compile: bool | None = option(None, "compile the blocks with torch.compile; none = on a GPU")
     parallel: Literal["ddp", "fsdp", "hybrid"] = option(
         "ddp", "a model per GPU, shards over all GPUs, or shards within each node"
     )

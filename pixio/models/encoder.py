@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pixio.models.layers import NORM_EPS, Block, PatchEmbed, init_weights, resize_positions
+from pixio.models.layers import (
+    NORM_EPS,
+    Block,
+    PatchEmbed,
+    init_weights,
+    resize_positions,
+    stochastic_depth,
+)
 
 
 class PixioViT(nn.Module):
@@ -56,6 +63,8 @@ class PixioViT(nn.Module):
         norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
         if norm_layer is not None and str(found := norm_layer(embed_dim)) != str(norm):
             raise ValueError(f"norm_layer gives {found}, but the weights were trained with {norm}")
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path {drop_path} is not in [0, 1)")
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         self.patch_size = patch_size
         self.in_chans = in_chans
@@ -63,6 +72,7 @@ class PixioViT(nn.Module):
         self.num_heads = num_heads
         self.mlp_ratio = mlp_ratio
         self.n_cls_tokens = n_cls_tokens
+        self.drop_path = drop_path
         self.grid = self.grid_of(*self.img_size)
         self.grad_checkpointing = False
 
@@ -70,8 +80,7 @@ class PixioViT(nn.Module):
         n_positions = n_cls_tokens + self.patch_embed.num_patches
         self.cls_token = nn.Parameter(torch.empty(1, n_cls_tokens, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, n_positions, embed_dim))
-        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, rate) for rate in rates)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = norm
 
         if not self.pos_embed.is_meta:  # drawing there makes torch import its compiler, which takes a second
@@ -113,12 +122,15 @@ class PixioViT(nn.Module):
         """
         wanted = self.resolve_blocks(block_ids)
         x = self._embed(images, ids_keep)  # [B, C + V, D]
+        scales = [None] * len(self.blocks)
+        if self.training and self.drop_path:
+            scales = stochastic_depth(self.drop_path, len(self.blocks), len(x), x.device)  # [depth, 2, B]
         outputs = {}
         for i, block in enumerate(self.blocks[: max(wanted, default=-1) + 1]):
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, scales[i], use_reentrant=False)
             else:
-                x = block(x)
+                x = block(x, scales[i])
             if i in wanted:
                 outputs[i] = self.split_tokens(x)
         return [outputs[i] for i in wanted]

@@ -46,9 +46,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # 3 x [B, heads, T, D/heads]
+        parts = self.qkv(x).chunk(3, dim=-1)  # 3 x [B, T, D]; their gradients are joined without a transpose
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
+        # each [B, heads, T, D/heads]
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))  # [B, T, D]
 
@@ -65,37 +65,50 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class DropPath(nn.Module):
-    """Stochastic depth: in training, drop a branch per image, rescale the others to keep the mean."""
-
-    def __init__(self, probability: float):
-        super().__init__()
-        if not 0 <= probability < 1:
-            raise ValueError(f"drop_path {probability} is not in [0, 1)")
-        self.probability = probability
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.probability == 0:
-            return x
-        keep = 1 - self.probability
-        alive = x.new_empty(x.shape[0], 1, 1).bernoulli_(keep)
-        return x * (alive / keep)
-
-
 class Block(nn.Module):
     """Pre-norm transformer block, [B, T, D] -> [B, T, D]."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, scales: Tensor | None = None) -> Tensor:
+        """Add both branches to `x`.
+
+        Args:
+            x: [B, T, D].
+            scales: from `stochastic_depth`, [2, B]: factors of the attention and the MLP branch of each
+                image; None = 1.
+        """
+        x = x + _scaled(self.attn(self.norm1(x)), scales, 0)
+        return x + _scaled(self.mlp(self.norm2(x)), scales, 1)
+
+
+def _scaled(x: Tensor, scales: Tensor | None, branch: int) -> Tensor:
+    """[B, T, D] times the factors of one of the branches."""
+    return x if scales is None else x * scales[branch, :, None, None].to(x.dtype)
+
+
+def stochastic_depth(rate: float, depth: int, batch: int, device: torch.device) -> Tensor:
+    """Draw which images skip which branches of `depth` blocks (https://arxiv.org/abs/1603.09382).
+
+    One draw for all blocks, outside of them: compiled or not, they see the same numbers, and one compiled
+    block serves every rate.
+
+    Args:
+        rate: of the last block; it grows linearly from 0 at the first.
+        depth: number of blocks.
+        batch: B.
+        device: where the blocks are.
+
+    Returns:
+        [depth, 2, B]: 0 drops a branch of a block, of an image; the others are scaled to keep the mean.
+    """
+    keep = 1 - torch.linspace(0, rate, depth, device=device).view(-1, 1, 1)  # a single block keeps all
+    return (torch.rand(depth, 2, batch, device=device) < keep) / keep
 
 
 def init_weights(module: nn.Module) -> None:

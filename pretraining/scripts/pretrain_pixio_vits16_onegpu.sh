@@ -17,5 +17,5 @@ torchrun --standalone --nproc_per_node "${GPUS:-1}" main_pretrain.py \
     --input_size 256 --crop_scale_min 0.2 --num_workers 12 \
     --batch_size 256 --accum_iter 8 --blr 1e-4 --weight_decay 0.05 \
     --epochs 100 --iters_per_epoch 625 --warmup_epochs 10 --save_freq 20 \
-    --compile --output_dir runs/pixio_vits16_onegpu \
+    --output_dir runs/pixio_vits16_onegpu \
     "$@"
