@@ -23,8 +23,8 @@ from dense.data import (
     _oddities,
     crop_and_flip,
     describe_turn,
+    open_photo,
     open_split,
-    read_photo,
     train_batches,
     whole_examples,
 )
@@ -36,10 +36,12 @@ from monodepth import data as depth_data
 from monodepth.data import list_kitti, list_nyuv2
 from PIL import Image
 from semseg import data as mask_data
-from semseg.data import list_ade20k, list_loveda, list_pascal, mask_source, scale_crop_flip
+from semseg.data import list_ade20k, list_loveda, list_pascal, mask_source
 from semseg.util import process_loveda
 
-from pixio.images.targets import drop_zero, read_depth, read_mask
+from pixio.images.crops import draw_scaled_crop
+from pixio.images.rasters import raster_of
+from pixio.images.targets import drop_zero, open_depth, open_mask
 
 
 def digest(pairs: list[Pair]) -> str:
@@ -339,13 +341,13 @@ def test_a_wrong_split_file_is_an_error(tmp_path, text, message):
 
 def test_depth_pngs_are_in_units_of_their_data_set(tmp_path):
     file = png(tmp_path / "d.png", np.array([[0, 1000], [512, 65535]], np.uint16))
-    assert read_depth(file, 1000).tolist() == [[0, 1], [np.float32(0.512), np.float32(65.535)]]
-    assert read_depth(file, 256)[1, 0] == 2
+    assert open_depth(file, 1000).whole().tolist() == [[0, 1], [np.float32(0.512), np.float32(65.535)]]
+    assert open_depth(file, 256).whole()[1, 0] == 2
 
 
 def test_depth_arrays_are_in_meters_and_unknown_where_not_finite(tmp_path):
     np.save(tmp_path / "d.npy", np.array([[1.5, np.nan], [np.inf, 0]]))
-    assert read_depth(tmp_path / "d.npy", 1000).tolist() == [[1.5, 0], [0, 0]]
+    assert open_depth(tmp_path / "d.npy", 1000).whole().tolist() == [[1.5, 0], [0, 0]]
 
 
 def test_nyuv2_keeps_the_inside_of_its_frame_in_image_and_depth(tmp_path):
@@ -353,7 +355,8 @@ def test_nyuv2_keeps_the_inside_of_its_frame_in_image_and_depth(tmp_path):
     image = np.stack([rows % 256, columns % 256, rows * 0], axis=2).astype(np.uint8)
     image_file = png(tmp_path / "rgb.png", image)
     depth_file = png(tmp_path / "depth.png", (rows * 64 + columns).astype(np.uint16))
-    found, depth = depth_data.read_depth_pair(image_file, depth_file, "nyuv2", 1000, False)
+    pair = depth_data.open_depth_pair(image_file, depth_file, "nyuv2", 1000, False)
+    found, depth = (raster.whole() for raster in pair)
     assert depth.shape == (426, 560)
     assert depth[0, 0] == pytest.approx((45 * 64 + 41) / 1000)
     assert depth[-1, -1] == pytest.approx((470 * 64 + 600) / 1000)
@@ -364,7 +367,7 @@ def test_palette_masks_give_class_numbers(tmp_path):
     image = Image.frombytes("P", (2, 2), bytes([0, 3, 255, 1]))
     image.putpalette([channel for color in range(256) for channel in (255 - color, color, 0)])
     image.save(tmp_path / "m.png")
-    assert read_mask(tmp_path / "m.png").tolist() == [[0, 3], [255, 1]]
+    assert open_mask(tmp_path / "m.png").whole().tolist() == [[0, 3], [255, 1]]
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "I;16"])
@@ -375,8 +378,8 @@ def test_large_color_profiles_cost_no_target(tmp_path, mode):
         image.putpalette(range(256))
     profile = np.random.default_rng(0).bytes(3_000_000)
     image.save(tmp_path / "m.png", icc_profile=profile)
-    read = partial(read_depth, units_per_meter=1) if mode == "I;16" else read_mask
-    assert read(tmp_path / "m.png").tolist() == values.tolist()
+    opened = partial(open_depth, units_per_meter=1) if mode == "I;16" else open_mask
+    assert opened(tmp_path / "m.png").whole().tolist() == values.tolist()
     assert describe_turn(tmp_path / "m.png") == ""
 
 
@@ -400,7 +403,7 @@ def png_of(values: np.ndarray, bits: int, palette: bool) -> bytes:
 def test_masks_of_few_bits_give_class_numbers_as_stored(tmp_path, bits, palette):
     mask = np.random.default_rng(0).integers(0, 2**bits, (5, 13), dtype=np.uint8)
     (tmp_path / "m.png").write_bytes(png_of(mask, bits, palette))
-    found = read_mask(tmp_path / "m.png")
+    found = open_mask(tmp_path / "m.png").whole()
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, mask)
 
@@ -450,7 +453,7 @@ GRAY8, GRAY16 = np.zeros((4, 5), np.uint8), np.zeros((4, 5), np.uint16)
 def test_bad_depth_is_an_error_that_names_the_file(tmp_path, name, target, message):
     png(tmp_path / "i.png", np.zeros((4, 5, 3), np.uint8))
     write(tmp_path / name, target)
-    read = lambda image, depth: depth_data.read_depth_pair(image, depth, "folder", 1000, False)  # noqa: E731
+    read = lambda image, depth: depth_data.open_depth_pair(image, depth, "folder", 1000, False)  # noqa: E731
     items = PairDataset(tmp_path, [Pair("i.png", name)], read)
     with pytest.raises(ValueError, match=message):
         list(whole_examples(items, [0], num_workers=0, pin_memory=False))
@@ -477,7 +480,7 @@ def write(path: Path, content: np.ndarray | bytes) -> None:
 def test_a_bad_mask_is_an_error_that_names_the_file(tmp_path, mask, message):
     png(tmp_path / "i.png", np.zeros((4, 5, 3), np.uint8))
     write(tmp_path / "m.png", mask)
-    read = lambda image, mask: mask_data.read_mask_pair(image, mask, 7, False, False, "do this")  # noqa: E731
+    read = lambda image, mask: mask_data.open_mask_pair(image, mask, 7, False, False, "do this")  # noqa: E731
     items = PairDataset(tmp_path, [Pair("i.png", "m.png")], read)
     with pytest.raises(ValueError, match=message):
         list(whole_examples(items, [0], num_workers=0, pin_memory=False))
@@ -499,7 +502,7 @@ def test_pixels_stay_over_their_targets_whatever_the_camera_noted(tmp_path, orie
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    assert np.array_equal(read_photo(tmp_path / "a.png"), pixels)
+    assert np.array_equal(open_photo(tmp_path / "a.png").whole(), pixels)
 
 
 @pytest.mark.parametrize("turn", range(2, 9))
@@ -532,7 +535,7 @@ def test_a_turned_photo_beside_an_upright_mask_is_named_and_can_be_turned(tmp_pa
 
 
 def read_zero(image: Path, target: Path):
-    return read_photo(image), np.zeros((4, 5), np.uint8)
+    return open_photo(image), raster_of(np.zeros((4, 5), np.uint8))
 
 
 # --- targets that teach nothing -----------------------------------------------------------------------------
@@ -571,7 +574,8 @@ def test_more_targets_are_looked_at_before_a_split_is_refused(labelled, read):
 
     def target_of(image: Path, target: Path):
         looked_at.append(target.name)
-        return np.zeros((4, 4, 3), np.uint8), np.full((4, 4), 0 if target.name == f"{labelled}.png" else 255)
+        mask = np.full((4, 4), 0 if target.name == f"{labelled}.png" else 255)
+        return raster_of(np.zeros((4, 4, 3), np.uint8)), raster_of(mask)
 
     data = PairDataset(Path(), [Pair("i.png", f"{i}.png") for i in range(1000)], target_of)
     odd = _oddities(mask_source("folder", 3, False, True), data, applies_exif=True)
@@ -611,7 +615,9 @@ def test_masks_of_one_class_alone_are_a_warning():
 def test_a_crop_shows_the_same_place_in_image_and_target(height, width, size, seed):
     places = np.arange(1, height * width + 1).reshape(height, width)
     image = np.stack([places // 256, places % 256, places * 0 + 9], axis=2).astype(np.uint8)
-    crop, target = crop_and_flip(np.random.default_rng(seed), image, places, size, fill=0)
+    crop, target = crop_and_flip(
+        np.random.default_rng(seed), raster_of(image), raster_of(places), size, fill=0
+    )
     assert crop.shape == (size, size, 3)
     assert target.shape == (size, size)
     inside = target > 0
@@ -622,22 +628,24 @@ def test_a_crop_shows_the_same_place_in_image_and_target(height, width, size, se
 
 
 def test_crops_are_mirrored_half_of_the_time():
-    ramp = np.tile(np.arange(8), (8, 1))
-    image = np.zeros((8, 8, 3), np.uint8)
+    ramp, image = raster_of(np.tile(np.arange(8), (8, 1))), raster_of(np.zeros((8, 8, 3), np.uint8))
     crops = [crop_and_flip(np.random.default_rng(seed), image, ramp, 8, 0)[1] for seed in range(400)]
     assert 160 < sum(crop[0, 0] == 7 for crop in crops) < 240
 
 
-def test_segmentation_scales_the_longer_side_by_a_half_to_two_and_pads_unscored(monkeypatch):
-    shapes = []
-    keep = lambda rng, image, mask, size, fill: shapes.append((*mask.shape, fill)) or (image, mask)  # noqa: E731
-    monkeypatch.setattr(mask_data, "crop_and_flip", keep)
-    image, mask = np.zeros((20, 40, 3), np.uint8), np.full((20, 40), 5, np.uint8)
+def test_segmentation_scales_the_longer_side_by_a_half_to_two_and_pads_unscored():
+    sizes = Counter()
     for seed in range(300):
-        assert (scale_crop_flip(np.random.default_rng(seed), image, mask, 16)[1] == 5).all()
-    longer = [width for _, width, _ in shapes]
-    assert (min(longer), max(longer)) == (20, 80)
-    assert all(abs(height * 2 - width) <= 1 and fill == 255 for height, width, fill in shapes)
+        crop = draw_scaled_crop(np.random.default_rng(seed), 20, 40, 16, mask_data.SCALES)
+        assert abs(crop.height * 2 - crop.width) <= 1
+        sizes[crop.width] += 1
+    assert (min(sizes), max(sizes)) == (20, 80)
+    crop = mask_source("folder", 6, False, False).crop
+    image, mask = raster_of(np.full((20, 40, 3), 9, np.uint8)), raster_of(np.full((20, 40), 5, np.uint8))
+    pixels, classes = crop(np.random.default_rng(0), image, mask, size=96)
+    assert set(np.unique(classes)) == {5, 255}
+    assert (pixels[classes == 5] == 9).all()
+    assert not pixels[classes == 255].any()
 
 
 # --- order --------------------------------------------------------------------------------------------------
@@ -700,7 +708,7 @@ def loveda(tmp_path):
 
 def assert_converted(root: Path, masks: dict[str, np.ndarray]) -> None:
     for path, mask in masks.items():
-        found = read_mask(root / path).astype(int)
+        found = open_mask(root / path).whole().astype(int)
         np.testing.assert_array_equal(found, np.where(mask == 0, 255, mask.astype(int) - 1))
 
 
@@ -747,7 +755,7 @@ def test_an_interrupted_conversion_can_be_run_again(loveda, monkeypatch, killed_
             process_loveda.main([str(root)])
     for path, mask in masks.items():  # all of a folder's masks, or none, are new: never some, never half
         if (root / path).exists():
-            assert read_mask(root / path).max() in (mask.max(), drop_zero(mask).max())
+            assert open_mask(root / path).whole().max() in (mask.max(), drop_zero(mask).max())
     process_loveda.main([str(root)])
     assert_converted(root, masks)
     assert not list(root.rglob("*.partial"))

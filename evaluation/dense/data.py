@@ -17,14 +17,17 @@ from dense.listing import Listing, Pair, read_split_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pixio.images.decoding import DamagedDataError, decode, read_turn
+from pixio.images.crops import draw_scaled_crop
+from pixio.images.decoding import DamagedDataError, read_turn
+from pixio.images.rasters import Box, Raster, open_image
 
 _INSPECTED = (
     16,
     256,
 )  # targets looked at before a split is used; more if the first teach nothing
 
-Arrays = tuple[np.ndarray, np.ndarray]  # an image uint8 [H, W, 3] and its target [H, W]
+Rasters = tuple[Raster, Raster]  # an image uint8 [H, W, 3] and its target [H, W]
+Arrays = tuple[np.ndarray, np.ndarray]  # likewise
 
 
 class NothingScoredError(ValueError):
@@ -38,7 +41,7 @@ class DataSource:
     Attributes:
         list_split: root, "train" or "val" -> the pairs.
         published: "train" and "val" -> number of pairs; empty where nothing is published.
-        read: image path, target path -> arrays.
+        open: image path, target path -> rasters.
         crop: random generator, image, target, S -> arrays [S, S, 3] and [S, S].
         inspect: target files and their targets -> what is odd about them, or nothing; raises
             `NothingScoredError`.
@@ -47,8 +50,8 @@ class DataSource:
 
     list_split: Callable[[Path, str], Listing]
     published: dict[str, int]
-    read: Callable[[Path, Path], Arrays]
-    crop: Callable[[np.random.Generator, np.ndarray, np.ndarray, int], Arrays]
+    open: Callable[[Path, Path], Rasters]
+    crop: Callable[[np.random.Generator, Raster, Raster, int], Arrays]
     inspect: Callable[[Iterable[tuple[Path, Tensor]]], str]
     folders: tuple[str, ...] = ()
 
@@ -69,14 +72,14 @@ class PairDataset(Dataset):
     Args:
         root: folder the pairs are relative to.
         pairs: the files.
-        read: see `DataSource`.
+        open: see `DataSource`.
         crop: random generator, image, target -> crops; None leaves examples whole.
     """
 
     root: Path
     pairs: list[Pair]
-    read: Callable[[Path, Path], Arrays]
-    crop: Callable[[np.random.Generator, np.ndarray, np.ndarray], Arrays] | None = None
+    open: Callable[[Path, Path], Rasters]
+    crop: Callable[[np.random.Generator, Raster, Raster], Arrays] | None = None
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -86,18 +89,20 @@ class PairDataset(Dataset):
         index, *entropy = key
         image_path, target_path = (self.root / path for path in self.pairs[index])
         try:
-            image, target = self.read(image_path, target_path)
-            if image.shape[:2] != target.shape:
+            image, target = self.open(image_path, target_path)
+            if (image.height, image.width) != (target.height, target.width):
                 raise ValueError(
-                    f"{target_path} has {target.shape[0]} x {target.shape[1]} pixels, but its image "
-                    f"{image_path} {image.shape[0]} x {image.shape[1]}: both must be the same. "
+                    f"{target_path} has {target.height} x {target.width} pixels, but its image "
+                    f"{image_path} {image.height} x {image.width}: both must be the same. "
                     + describe_turn(image_path)
                 )
+            if self.crop:
+                image, target = self.crop(np.random.default_rng(entropy), image, target)
+            else:
+                image, target = image.whole(), target.whole()
         except (ValueError, OSError) as error:
             return error
-        if self.crop:
-            image, target = self.crop(np.random.default_rng(entropy), image, target)
-        image, target = np.ascontiguousarray(image), np.ascontiguousarray(target)
+        image, target = (np.require(array, requirements="CW") for array in (image, target))
         return Example([str(image_path)], torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(target))
 
 
@@ -136,7 +141,7 @@ def open_split(
         raise FileNotFoundError(
             f"{root.absolute()} holds no {split} pairs{lacking}; see the README for its layout"
         )
-    data = PairDataset(root, pairs, source.read, partial(source.crop, size=crop_size) if crop_size else None)
+    data = PairDataset(root, pairs, source.open, partial(source.crop, size=crop_size) if crop_size else None)
     published, warnings = source.published.get(split, len(pairs)), []
     if not file and len(pairs) != published:
         warnings = [f"{root} holds {len(pairs)} {split} pairs, the published split {published}{lacking}"]
@@ -172,53 +177,57 @@ def describe_turn(path: Path) -> str:
     return "" if turn == 1 else f"EXIF turns {path} (orientation {turn}), --apply_exif applies it"
 
 
-def read_photo(path: Path, upright: bool = False) -> np.ndarray:
-    """Decode an image.
+def open_photo(path: Path, upright: bool = False) -> Raster:
+    """Open an image.
 
     Args:
         path: image file.
         upright: turn it as EXIF says; else the pixels stay where they are stored.
 
     Returns:
-        uint8 [H, W, 3].
+        A raster of uint8 [h, w, 3].
 
     Raises:
-        DamagedDataError: unreadable; the message names the file.
+        DamagedDataError: unreadable, here or when decoding; the message names the file.
     """
+
+    def decode(box: Box) -> np.ndarray:
+        try:
+            return image.decode(box)
+        except DamagedDataError as error:
+            raise DamagedDataError(f"{path} is not a readable image: {error}") from error
+
     try:
-        return np.array(decode(path.read_bytes(), upright))
+        image = open_image(path.read_bytes(), upright)
     except DamagedDataError as error:
         raise DamagedDataError(f"{path} is not a readable image: {error}") from error
+    return replace(image, decode=decode)
 
 
 def crop_and_flip(
-    rng: np.random.Generator, image: np.ndarray, target: np.ndarray, size: int, fill: float
-) -> tuple[np.ndarray, np.ndarray]:
+    rng: np.random.Generator,
+    image: Raster,
+    target: Raster,
+    size: int,
+    fill: float,
+    scales: tuple[float, float] = (1.0, 1.0),
+) -> Arrays:
     """A random square of image and target, mirrored half of the time.
 
     Smaller images are padded on the right and below: with 0 (black), the target with `fill` (not scored).
 
     Args:
         rng: source of randomness.
-        image: uint8 [H, W, 3].
-        target: [H, W].
+        image, target: of the same size.
         size: S in pixels.
         fill: value of padded target pixels.
+        scales: range in which the longer side is scaled before, the image bicubic, the target nearest.
 
     Returns:
         uint8 [S, S, 3] and [S, S].
     """
-    height, width = target.shape
-    below, right = max(size - height, 0), max(size - width, 0)
-    if below or right:
-        image = np.pad(image, ((0, below), (0, right), (0, 0)))
-        target = np.pad(target, ((0, below), (0, right)), constant_values=fill)
-    top = rng.integers(target.shape[0] - size + 1)
-    left = rng.integers(target.shape[1] - size + 1)
-    image, target = (array[top : top + size, left : left + size] for array in (image, target))
-    if rng.random() < 0.5:
-        image, target = image[:, ::-1], target[:, ::-1]
-    return image, target
+    crop = draw_scaled_crop(rng, target.height, target.width, size, scales)
+    return crop.of_image(image), crop.of_target(target, fill)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from dense.data import Arrays, DataSource, NothingScoredError, crop_and_flip, read_photo
+from dense.data import DataSource, NothingScoredError, Rasters, crop_and_flip, open_photo
 from dense.listing import Listing, Pair, list_below, list_existing, list_folder
 from torch import Tensor
 
-from pixio.images.targets import read_depth
+from pixio.images.targets import open_depth
 
 PUBLISHED = {"nyuv2": {"train": 24_231, "val": 654}, "kitti": {"train": 23_158, "val": 652}}
 UNITS_PER_METER = {"nyuv2": 1000.0, "kitti": 256.0, "folder": 1000.0}  # of PNGs
@@ -18,7 +18,7 @@ _COMMON_UNITS = (1000.0, 100.0, 5000.0, 256.0, 10_000.0, 1.0)
 FOLDERS = {"nyuv2": ("sync/", "official_splits/test/"), "kitti": ("images/", "annotations/")}
 
 _NYUV2_SIZE = (480, 640)
-_NYUV2_KEPT = (slice(45, 471), slice(41, 601))  # without the white frame: rows 45-470, columns 41-600
+_NYUV2_KEPT = (41, 45, 560, 426)  # without the white frame: columns 41-600, rows 45-470
 _EIGEN = Path(__file__).with_name("kitti_eigen.txt")
 
 
@@ -57,19 +57,19 @@ RULES = {
 }
 
 
-def read_depth_pair(
+def open_depth_pair(
     image_path: Path, depth_path: Path, dataset: str, units_per_meter: float, upright: bool
-) -> Arrays:
+) -> Rasters:
     """Image uint8 [H, W, 3] and depth float32 [H, W], for NYUv2 without the frame around both."""
-    image, depth = read_photo(image_path, upright), read_depth(depth_path, units_per_meter)
+    image, depth = open_photo(image_path, upright), open_depth(depth_path, units_per_meter)
     if dataset == "nyuv2":
-        for path, array in ((image_path, image), (depth_path, depth)):
-            if array.shape[:2] != _NYUV2_SIZE:
+        for path, raster in ((image_path, image), (depth_path, depth)):
+            if (raster.height, raster.width) != _NYUV2_SIZE:
                 raise ValueError(
-                    f"{path} has {array.shape[0]} x {array.shape[1]} pixels, NYUv2 has 480 x 640; "
+                    f"{path} has {raster.height} x {raster.width} pixels, NYUv2 has 480 x 640; "
                     "data of other sizes are read by --dataset folder"
                 )
-        image, depth = image[_NYUV2_KEPT], depth[_NYUV2_KEPT]
+        image, depth = image.inside(_NYUV2_KEPT), depth.inside(_NYUV2_KEPT)
     return image, depth
 
 
@@ -130,7 +130,7 @@ def depth_source(
     return DataSource(
         list_split=RULES[dataset],
         published=PUBLISHED.get(dataset, {}),
-        read=partial(read_depth_pair, dataset=dataset, units_per_meter=units, upright=upright),
+        open=partial(open_depth_pair, dataset=dataset, units_per_meter=units, upright=upright),
         crop=partial(crop_and_flip, fill=0),
         inspect=partial(inspect_depth, min_depth=min_depth, max_depth=max_depth, units_per_meter=units),
         folders=FOLDERS.get(dataset, ()),

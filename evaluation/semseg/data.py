@@ -1,17 +1,18 @@
 """Segmentation data sets: ADE20K, Pascal VOC (augmented), LoveDA, and folders of your own."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import yaml
-from dense.data import Arrays, DataSource, NothingScoredError, crop_and_flip, read_photo
+from dense.data import DataSource, NothingScoredError, Rasters, crop_and_flip, open_photo
 from dense.listing import Listing, Pair, list_below, list_existing, list_folder
-from PIL import Image
 from torch import Tensor
 
-from pixio.images.targets import IGNORE, drop_zero, read_mask
+from pixio.images.rasters import Box
+from pixio.images.targets import IGNORE, drop_zero, open_mask
 
 PUBLISHED = {
     "ade20k": {"train": 20_210, "val": 2_000},
@@ -19,6 +20,7 @@ PUBLISHED = {
     "loveda": {"train": 2_522, "val": 1_669},
 }
 CLASS_NAMES = yaml.safe_load(Path(__file__).with_name("class_names.yaml").read_text(encoding="utf-8"))
+SCALES = (0.5, 2.0)  # of the longer side, in training
 
 _PASCAL_VAL = Path(__file__).with_name("pascal_val.txt")
 # Numbers of the first and last tile of each half.
@@ -79,36 +81,25 @@ RULES = {
 }
 
 
-def read_mask_pair(
+def open_mask_pair(
     image_path: Path, mask_path: Path, nclass: int, reduce_zero_label: bool, upright: bool, remedy: str
-) -> Arrays:
+) -> Rasters:
     """Image uint8 [H, W, 3] and mask uint8 [H, W] of classes below `nclass`, 255 = ignored."""
-    mask = read_mask(mask_path)
-    if reduce_zero_label:
-        mask = drop_zero(mask)
-    wrong = mask[(mask >= nclass) & (mask != IGNORE)]
-    if wrong.size:
-        raise ValueError(
-            f"{mask_path} holds class {wrong.max()}, expected 0-{nclass - 1} or {IGNORE} (ignored): {remedy}"
-        )
-    return read_photo(image_path, upright), mask
+    stored = open_mask(mask_path)
 
+    def classes(box: Box) -> np.ndarray:
+        mask = stored.decode(box)
+        if reduce_zero_label:
+            mask = drop_zero(mask)
+        wrong = mask[(mask >= nclass) & (mask != IGNORE)]
+        if wrong.size:
+            raise ValueError(
+                f"{mask_path} holds class {wrong.max()}, expected 0-{nclass - 1} or {IGNORE} (ignored): "
+                f"{remedy}"
+            )
+        return mask
 
-def scale_crop_flip(
-    rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Scale the longer side by 0.5-2 (bicubic, mask nearest), then a random crop, mirrored half of the time.
-
-    Returns:
-        uint8 [S, S, 3] and [S, S]; beyond the image black, and ignored.
-    """
-    height, width = mask.shape
-    long = max(height, width)
-    new = int(rng.integers(int(0.5 * long), 2 * long + 1))
-    shape = (max(round(width * new / long), 1), max(round(height * new / long), 1))
-    image = np.array(Image.fromarray(image).resize(shape, Image.Resampling.BICUBIC))
-    mask = np.array(Image.fromarray(mask).resize(shape, Image.Resampling.NEAREST))
-    return crop_and_flip(rng, image, mask, size, fill=IGNORE)
+    return open_photo(image_path, upright), replace(stored, decode=classes)
 
 
 def inspect_masks(
@@ -151,7 +142,7 @@ def mask_source(dataset: str, nclass: int, reduce_zero_label: bool, upright: boo
     return DataSource(
         list_split=RULES[dataset],
         published=PUBLISHED.get(dataset, {}),
-        read=partial(read_mask_pair, upright=upright, **rules),
-        crop=scale_crop_flip,
+        open=partial(open_mask_pair, upright=upright, **rules),
+        crop=partial(crop_and_flip, fill=IGNORE, scales=SCALES),
         inspect=partial(inspect_masks, **rules),
     )

@@ -5,6 +5,7 @@ Shapes: H rows, W columns, S side of a square crop.
 
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,14 +16,16 @@ from torch import Tensor
 from pixio.images import jpeg
 from pixio.images.decoding import check_pixels, decode, orientation
 from pixio.images.normalization import to_tensor
-
-Box = tuple[int, int, int, int]  # left, top, width, height, in pixels
+from pixio.images.rasters import Box, Raster
 
 # Decoding at a fraction of the resolution aliases otherwise than the bicubic filter does. How much that shows
 # depends on how much larger than the crop the reduced image is, and on the detail in the photograph, seen in
 # its bits per pixel. Below so many bits -> least ratio with which the mean difference stays below 2 of
 # 255 levels (in more than 99 of 100 crops of ImageNet photographs, at any scale; typically it is 0.5).
 _REDUCTION_MARGINS = ((1.0, 1.0), (1.5, 1.5), (math.inf, 2.5))
+
+# How many times faster torch's kernel makes a pixel than Pillow's, at full scale.
+_TORCH_GAIN = 5
 
 
 def crop_box(
@@ -99,7 +102,7 @@ def decode_crop(data: bytes, size: int, choose: Callable[[int, int], Box], exact
     if not exact:
         rows = jpeg.decode_rows(data, frame, bottom * reduction, reduction)
         if rows is not None:
-            return _resize(rows[top:bottom, left:right], size)
+            return _resize(rows[top:bottom, left:right], size=(size, size))
     box = (left, top, right - left, bottom - top)
     return _resize_box(decode(data), tuple(side * reduction for side in box), size, exact)
 
@@ -128,14 +131,19 @@ def _resize_box(image: Image.Image, box: Box, size: int, exact: bool) -> Tensor:
     crop = image.crop((left, top, left + width, top + height))
     if exact:
         return to_tensor(crop.resize((size, size), Image.Resampling.BICUBIC))
-    return _resize(np.array(crop), size)
+    return _resize(np.array(crop), size=(size, size))
 
 
-def _resize(pixels: np.ndarray, size: int) -> Tensor:
-    """uint8 [H, W, 3] -> [3, S, S] with torch's vectorized kernel, channels last in memory all the way."""
+def _resize(pixels: np.ndarray, **size: Any) -> Tensor:
+    """uint8 [H, W, 3] -> [3, H', W'] with torch's vectorized kernel, channels last in memory all the way.
+
+    Args:
+        pixels: the image.
+        size: or scale_factor, as of `torch.nn.functional.interpolate`.
+    """
     # the batch dimension comes first, or its stride would hide the memory format from the kernel
     image = torch.from_numpy(np.ascontiguousarray(pixels))[None].permute(0, 3, 1, 2)  # [1, 3, H, W]
-    return F.interpolate(image, (size, size), mode="bicubic", antialias=True, align_corners=False)[0]
+    return F.interpolate(image, **size, mode="bicubic", antialias=True, align_corners=False)[0]
 
 
 def resize_center_crop(image: Image.Image, resize: int, crop: int) -> Tensor:
@@ -161,3 +169,117 @@ def resize_center_crop(image: Image.Image, resize: int, crop: int) -> Tensor:
     left, top = round((width - crop) / 2), round((height - crop) / 2)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     return to_tensor(resized.crop((left, top, left + crop, top + crop)))
+
+
+class ScaledCrop(NamedTuple):
+    """A square of an image that is scaled first, of which only what the square shows is read and scaled.
+
+    What lies beyond the image, on the right or below, is padding.
+    """
+
+    height: int  # of the whole image once it is scaled, pixels
+    width: int
+    top: int  # of the square in the scaled image
+    left: int
+    size: int  # S
+    mirrored: bool  # left and right are exchanged, at last
+
+    @property
+    def shown(self) -> tuple[int, int]:
+        """Rows and columns of the square that are not padding."""
+        return min(self.size, self.height - self.top), min(self.size, self.width - self.left)
+
+    def of_image(self, image: Raster) -> np.ndarray:
+        """The crop of an image: bicubic and antialiased, uint8 [S, S, 3], padded with 0.
+
+        The pixels are those that Pillow gives for the whole image, but for rounding.
+        """
+        rows, columns = self.shown
+        if (self.height, self.width) == (image.height, image.width):
+            return self._fill(image.decode((self.left, self.top, columns, rows)), 0)
+        bottom, right = self.top + rows, self.left + columns
+        reduction = max(image.height / self.height, 1) * max(image.width / self.width, 1)
+        if bottom * right < _TORCH_GAIN * reduction * rows * columns:
+            part = _resize_corner(image, (self.height, self.width), bottom, right)
+            return self._fill(part[self.top :, self.left :], 0)
+        left, width, *across = _reach(self.left, columns, image.width / self.width, image.width)
+        top, height, *down = _reach(self.top, rows, image.height / self.height, image.height)
+        part = Image.fromarray(image.decode((left, top, width, height)))
+        box = (across[0], down[0], across[1], down[1])
+        return self._fill(np.asarray(part.resize((columns, rows), Image.Resampling.BICUBIC, box)), 0)
+
+    def of_target(self, target: Raster, fill: float) -> np.ndarray:
+        """The crop of a target: the nearest values, [S, S], padded with `fill`; the same as Pillow's."""
+        rows, columns = self.shown
+        down = _nearest(target.height, self.height)[self.top : self.top + rows]
+        across = _nearest(target.width, self.width)[self.left : self.left + columns]
+        left, top = int(across[0]), int(down[0])
+        part = target.decode((left, top, int(across[-1]) + 1 - left, int(down[-1]) + 1 - top))
+        return self._fill(part[down - top].take(across - left, axis=1), fill)
+
+    def _fill(self, part: np.ndarray, fill: float) -> np.ndarray:
+        square = np.full((self.size, self.size, *part.shape[2:]), fill, part.dtype)
+        square[: part.shape[0], : part.shape[1]] = part
+        return square[:, ::-1] if self.mirrored else square
+
+
+def _resize_corner(image: Raster, size: tuple[int, int], bottom: int, right: int) -> np.ndarray:
+    """The rows above `bottom` and columns left of `right` of an image resized to `size`, uint8.
+
+    torch's kernel has no offset: it must begin where the image does.
+    """
+    sides, factors = [], []
+    for needed, scaled, side in ((bottom, size[0], image.height), (right, size[1], image.width)):
+        _, reached, *_ = _reach(0, needed, side / scaled, side)
+        factor = scaled / side
+        if scaled != side and math.floor(reached * factor) == reached:
+            reached = side  # the kernel leaves a side alone whose length stays the same
+        while math.floor(reached * factor) < needed:  # by rounding, where the whole side is needed
+            factor = math.nextafter(factor, math.inf)
+        sides.append(reached)
+        factors.append(factor)
+    pixels = image.decode((0, 0, sides[1], sides[0]))
+    return _resize(pixels, scale_factor=factors)[:, :bottom, :right].permute(1, 2, 0).numpy()
+
+
+def draw_scaled_crop(
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    size: int,
+    scales: tuple[float, float] = (1.0, 1.0),
+) -> ScaledCrop:
+    """Draw a square of a scaled image, mirrored half of the time.
+
+    Args:
+        rng: source of randomness.
+        height, width: of the image in pixels.
+        size: S in pixels.
+        scales: range in which the longer side is scaled, uniform in its pixels.
+    """
+    if scales != (1.0, 1.0):
+        longer = max(height, width)
+        new = int(rng.integers(int(scales[0] * longer), int(scales[1] * longer) + 1))
+        height, width = (max(round(side * new / longer), 1) for side in (height, width))
+    top = int(rng.integers(max(height - size, 0) + 1))
+    left = int(rng.integers(max(width - size, 0) + 1))
+    return ScaledCrop(height, width, top, left, size, bool(rng.random() < 0.5))
+
+
+def _reach(first: int, count: int, scale: float, side: int) -> tuple[int, int, float, float]:
+    """What a bicubic filter reads of an image's side for `count` scaled pixels from `first` on.
+
+    Returns:
+        First pixel and number of pixels; begin and end of the scaled pixels in those.
+    """
+    begin, end = first * scale, (first + count) * scale
+    support = 2 * max(scale, 1.0) + 1
+    start, stop = max(math.floor(begin - support), 0), min(math.ceil(end + support), side)
+    return start, stop - start, begin - start, min(end - start, stop - start)
+
+
+def _nearest(side: int, scaled: int) -> np.ndarray:
+    """Pixel of a side that each of `scaled` pixels shows, int64; summed up step by step, as Pillow does."""
+    steps = np.full(scaled, side / scaled)
+    steps[0] /= 2
+    return np.cumsum(steps).astype(np.int64)

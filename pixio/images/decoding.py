@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from pixio.images import png
+
 MAX_PIXELS = 89_478_485  # Pillow's own warning level: a quarter of a GiB once decoded to RGB
 FORMATS = ("JPEG", "PNG", "WEBP")  # nothing else is worth handing hostile bytes to
 
-_PNG, _JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd9"
+_JPEG_END = b"\xff\xd9"
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -100,9 +102,9 @@ def read_turn(data: bytes) -> int:
 
 def without_text(data: bytes) -> bytes:
     """A PNG without its color profile and texts, which Pillow refuses if large; else as it is."""
-    if not data.startswith(_PNG):
+    if not data.startswith(png.SIGNATURE):
         return data
-    kept, at = [_PNG], len(_PNG)
+    kept, at = [png.SIGNATURE], len(png.SIGNATURE)
     while at + 8 <= len(data):
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")  # length, name, content, checksum
         if data[at + 4 : at + 8] not in (b"iCCP", b"iTXt", b"zTXt", b"tEXt"):

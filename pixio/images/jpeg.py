@@ -56,7 +56,9 @@ def read_frame(data: bytes) -> Frame | None:
     return None
 
 
-def decode_rows(data: bytes, frame: Frame, bottom: int, reduction: int) -> np.ndarray | None:
+def decode_rows(
+    data: bytes, frame: Frame, bottom: int, reduction: int, smooth: bool = False
+) -> np.ndarray | None:
     """Decode a JPEG from its first row to `bottom`, at 1/`reduction` of its resolution.
 
     Args:
@@ -64,12 +66,14 @@ def decode_rows(data: bytes, frame: Frame, bottom: int, reduction: int) -> np.nd
         frame: of `data`.
         bottom: rows needed, at full resolution.
         reduction: 1, 2, 4 or 8.
+        smooth: interpolate between coarser chroma values at full resolution too, as Pillow does.
 
     Returns:
         uint8 [H, W, 3], RGB: at least the rows asked for and all columns, each side divided by `reduction`
         and rounded up. None when libjpeg complains about the data.
     """
-    rows = -(-bottom // frame.unit) * frame.unit
+    needed = bottom + smooth  # the chroma of a row is interpolated with that of the next
+    rows = -(-needed // frame.unit) * frame.unit
     if shortened := frame.baseline and rows < frame.height:
         data = data[: frame.at + 5] + rows.to_bytes(2, "big") + data[frame.at + 7 :]
     height, width = (-(-side // reduction) for side in (rows if shortened else frame.height, frame.width))
@@ -81,8 +85,9 @@ def decode_rows(data: bytes, frame: Frame, bottom: int, reduction: int) -> np.nd
         if found[:2] != (height, width):
             return None
         # quick chroma would show only where a reduced image is magnified again by what follows
+        fast = reduction == 1 and not smooth
         simplejpeg.decode_jpeg(
-            data, "RGB", fastupsample=reduction == 1, min_height=height, min_width=width, buffer=pixels
+            data, "RGB", fastupsample=fast, min_height=height, min_width=width, buffer=pixels
         )
     except ValueError as error:
         # libjpeg names its first complaint only, so that this one says that the rows before are sound

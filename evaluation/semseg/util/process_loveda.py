@@ -15,7 +15,7 @@ from PIL import Image
 
 from pixio.files import write_atomic
 from pixio.images.listing import is_junk
-from pixio.images.targets import IGNORE, drop_zero, read_mask
+from pixio.images.targets import IGNORE, drop_zero, open_mask
 
 NCLASS = 7
 
@@ -34,7 +34,7 @@ def convert_folder(masks: Path) -> int:
         return 0
     source = masks if masks.exists() else originals  # killed between the two renames below
     files = sorted(path for path in source.glob("*.png") if not is_junk(path.name))
-    values = set().union(*(np.unique(read_mask(path)).tolist() for path in files))
+    values = set().union(*(np.unique(open_mask(path).whole()).tolist() for path in files))
     if source is masks and IGNORE in values and max(values - {IGNORE}, default=0) < NCLASS:
         return 0
     if max(values, default=0) > NCLASS:
@@ -47,7 +47,7 @@ def convert_folder(masks: Path) -> int:
         shutil.rmtree(partial)
     partial.mkdir()
     for path in files:
-        mask = Image.fromarray(drop_zero(read_mask(path)))
+        mask = Image.fromarray(drop_zero(open_mask(path).whole()))
         write_atomic(partial / path.name, lambda file, mask=mask: mask.save(file, "PNG"))
     if source is masks:
         masks.rename(originals)
