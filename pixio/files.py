@@ -120,7 +120,7 @@ def temporary_path(target: str | os.PathLike, size: int = 0) -> Iterator[Path]:
             for made in sorted(Path(folder).iterdir(), reverse=True):  # what the target refers to comes first
                 os.replace(made, target.parent / made.name)
     except Exception as error:
-        if full := disk_full(error, target, size):
+        if full := disk_full(error, target):  # there was room for `size`
             raise full from error
         raise
     fsync(target.parent)

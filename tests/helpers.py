@@ -3,11 +3,14 @@
 import io
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,6 +86,19 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
 def full_disk(folder) -> SimpleNamespace:
     """Stands for `shutil.disk_usage`."""
     return SimpleNamespace(free=3)
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Inside, the system refuses what would make a file larger than `size` bytes, as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
 
 
 def read_log(run: Path) -> list[dict]:

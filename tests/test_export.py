@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 import transformers
+from helpers import largest_file
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.export import Dim
@@ -466,6 +467,28 @@ def test_mistakes_are_named_and_leave_nothing_behind(exchanged, tmp_path, target
         convert(exchanged / "encoder.pth", tmp_path / target, **{"num_heads": 3, **options})
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
     assert (tmp_path / "taken").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("to", "target"),
+    [
+        ("pth", "a.pth"),
+        ("safetensors", "a.safetensors"),
+        ("transformers", "a"),
+        ("timm", "a"),
+        ("timm", "a.pth"),
+        ("timm", "a.safetensors"),
+        ("onnx", "a.onnx"),
+    ],
+)
+def test_a_disk_that_fills_up_is_one_line_and_nothing_is_left_half_written(tmp_path, to, target):
+    model = random_encoder(depth=1)
+    limits = {"batch": 1, "size": (64, 64)} if to == "onnx" else {}
+    with largest_file(2**17), pytest.raises(OSError, match="cannot write") as caught:
+        export(model, tmp_path / target, to, **limits)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"cannot write {tmp_path / target}: File too large (more needed than the ")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_source_that_is_no_encoder_is_not_converted(model, tmp_path):

@@ -6,15 +6,14 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from helpers import largest_file
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -43,12 +42,8 @@ WRITERS = {
 @pytest.fixture
 def small_disk():
     """No file may grow beyond 64 kB; the system refuses what is more as it does on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, ignored)
+    with largest_file(2**16):
+        yield
 
 
 @pytest.mark.parametrize("kind", WRITERS)

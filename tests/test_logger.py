@@ -2,14 +2,13 @@
 
 import json
 import math
-import resource
-import signal
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import largest_file
 
 from pixio.engine import logger as logs_module
 from pixio.engine.logger import Log
@@ -200,15 +199,9 @@ def test_a_line_that_does_not_fit_on_the_disk_is_left_out_whole(tmp_path, capsys
     log = Log(tmp_path, total_steps=9, is_main=True, every=1)
     log.step(1, images=1)
     size = (tmp_path / "log.jsonl").stat().st_size
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limits[1]))
-    try:
+    with largest_file(size + 10):
         for step in (2, 3):
             log.step(step, images=step)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, ignored)
     log.step(4, images=4)
     log.close()
     assert [row["step"] for row in lines(tmp_path)] == [1, 4]

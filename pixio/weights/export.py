@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pixio.files import temporary_path, write_json
+from pixio.files import temporary_path, write_atomic, write_json
 from pixio.images.normalization import IMAGENET_MEAN, IMAGENET_STD
 from pixio.weights import key_mapping
 from pixio.weights.key_mapping import State
@@ -270,7 +270,7 @@ def _write_tensors(state: State, path: Path) -> None:
 
         write_safetensors(state, path, {"format": "pt"})
     else:
-        torch.save(state, path)
+        write_atomic(path, lambda file: torch.save(state, file))  # torch does not say why a path fails
 
 
 def _write_transformers(state: State, sizes: dict[str, Any], folder: Path) -> None:
