@@ -14,13 +14,13 @@ import contextlib
 import statistics
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from unittest import mock
 
 import main_distill
 import torch
+from timing import now
 
 import pixio
 from pixio.data import Loader
@@ -70,12 +70,6 @@ class Stopwatch:
         whole = (self.ends[-1] - self.ends[0]) / steps
         parts = {name: seconds / steps for name, seconds in self.seconds.items()}
         return {"step": whole, **parts, "rest": whole - sum(parts.values())}
-
-
-def now() -> float:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter()
 
 
 def measure(flags: list[str], students: list[str]) -> dict[str, float]:

@@ -7,11 +7,11 @@ the median times, the median of the ratios and the largest difference between th
 """
 
 import statistics
-import time
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from timing import now
 
 from pixio.dense import FrozenEncoder, head_blocks, make_head, slide
 from pixio.engine.config import option, parse
@@ -47,11 +47,6 @@ def measure(config: BenchmarkConfig) -> None:
     def predict(windows: torch.Tensor) -> torch.Tensor:
         with runtime.autocast():
             return head(frozen(windows), windows.shape[-2:])
-
-    def now() -> float:
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        return time.perf_counter()
 
     def timed(window_batch: int) -> tuple[float, torch.Tensor]:
         began = now()

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import weakref
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from helpers import ALONE, equal, full_disk, squares, step_images, tiny_model, w
 
 from pixio.engine import checkpoint as checkpoint_module
 from pixio.engine.checkpoint import Checkpoints, Interval, materialize, read_checkpoint, restore
+from pixio.engine.host_copies import HostCopies
 from pixio.engine.optim import make_adamw
 from pixio.engine.step import accumulate
 from pixio.weights.reading import read_file
@@ -176,20 +176,35 @@ def test_what_a_kill_left_of_an_export_is_removed_by_the_next_save(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder.pth", "run"]
 
 
-def test_what_is_written_leaves_memory_before_something_is_exported(tmp_path, monkeypatch):
-    copies, alive, real = [], [], checkpoint_module.write_tensors
+def test_an_export_needs_no_file_and_no_memory_of_its_own(tmp_path, monkeypatch):
+    exported, written, real = [], [], checkpoint_module.write_tensors
 
     def note(folder, tensors, group):
-        copies.extend(map(weakref.ref, tensors.values()))
+        written.extend(rows.data_ptr() for _, rows in tensors.values())
         return real(folder, tensors, group)
 
-    def export(state):
-        alive.extend(copy() is not None for copy in copies)
-        return {}
-
     monkeypatch.setattr(checkpoint_module, "write_tensors", note)
-    Checkpoints(tmp_path, ALONE).save(1, {"value": torch.ones(3)}, {tmp_path / "export": export})
-    assert alive == [False]
+    monkeypatch.setattr(safetensors, "safe_open", lambda *_, **__: pytest.fail("read again"))
+    monkeypatch.setattr(torch, "save", lambda content, _: exported.append(content))
+    Checkpoints(tmp_path, ALONE).save(1, {"value": torch.ones(3)}, {tmp_path / "export": lambda state: state})
+    assert exported[-1]["value"].data_ptr() in written
+
+
+def test_a_save_uses_the_memory_of_the_one_before(tmp_path):
+    copies = HostCopies(torch.device("cpu"))
+    first, _ = copies.copy({"same": torch.zeros(3), "grows": torch.zeros(2)})
+    second, finish = copies.copy({"same": torch.ones(3), "grows": torch.ones(4), "new": torch.ones(())})
+    finish()
+    assert second["same"].data_ptr() == first["same"].data_ptr()
+    assert [tensor.tolist() for tensor in second.values()] == [[1.0] * 3, [1.0] * 4, 1.0]
+
+
+def test_what_changes_after_a_save_was_called_is_not_saved(tmp_path):
+    checkpoints, value = Checkpoints(tmp_path, ALONE), torch.zeros(3)
+    checkpoints.save(1, {"value": value}, wait=False)
+    value.fill_(7)
+    checkpoints.wait()
+    assert materialize(checkpoints.load_latest())["value"].tolist() == [0.0] * 3
 
 
 def test_going_back_by_the_pointer_never_prunes_the_step_just_saved(tmp_path):

@@ -196,7 +196,7 @@ def test_an_export_holds_whole_tensors(runs):
 
 
 def test_shards_of_nodes_with_copies_are_put_together_once(runs):
-    """Also of tensors with fewer rows than ranks."""
+    """Also of tensors with fewer rows than ranks. Both nodes write."""
     path = runs["folder"] / "from-hybrid4" / "step_00000001"
     saved = materialize(read_checkpoint(path)["model"])
     expected = shards_of_a_model(ALONE)
@@ -206,6 +206,9 @@ def test_shards_of_nodes_with_copies_are_put_together_once(runs):
         load_file(file)[name].numel() for file in path.glob("*.safetensors") for name in load_file(file)
     )
     assert written == sum(tensor.numel() for tensor in expected.values())
+    assert [file.name for file in sorted(path.glob("*.safetensors"))] == [
+        f"rank_{rank:05d}.safetensors" for rank in range(4)
+    ]
 
 
 def test_a_model_in_shards_returns_no_views_that_would_lose_its_gradients():

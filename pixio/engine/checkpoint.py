@@ -26,8 +26,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from pixio.engine.host_copies import HostCopies
 from pixio.engine.runtime import Runtime
-from pixio.engine.tensor_files import TensorReference, checksum, read_tensors, write_tensors
+from pixio.engine.tensor_files import (
+    Rows,
+    TensorReference,
+    checksum,
+    local_rows,
+    read_tensors,
+    take_turns,
+    write_tensors,
+)
 from pixio.files import file_in, fsync, remove_leftovers, require_free, write_atomic, write_text
 
 _CHECKPOINT = re.compile(r"step_(\d{8,})(?:-(\d+))?")
@@ -67,21 +76,32 @@ def read_checkpoint(path: str | os.PathLike, verify: slice = slice(None)) -> dic
                 raise ValueError(f"{name} has {found:,} of {size:,} bytes")
             if checksum(file) != crc:
                 raise ValueError(f"wrong checksum of {name}")
-        names = [name for name, _, _ in files]
-
-        def refer(name: str, tensor: Tensor) -> TensorReference:
-            reference = TensorReference(path, name, tensor.shape, tensor.dtype, names, chunks[name])
-            reference.parts()  # raises where they do not make up the tensor
-            return reference
-
-        return _map(content["values"], refer)
+        return _refer(content["values"], path, files, chunks)
     except Exception as error:  # a damaged file can fail anywhere inside the readers
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path.absolute()} is truncated, damaged or not a checkpoint: {reason}") from error
 
 
-def materialize(value: Any) -> Any:
+def _refer(
+    values: Any, folder: Path, files: list[tuple[str, int, int]], chunks: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """`values` with a reference into `folder` for each tensor; see `ShardIndex` for the others."""
+    names = [name for name, _, _ in files]
+
+    def refer(name: str, tensor: Tensor) -> TensorReference:
+        reference = TensorReference(folder, name, tensor.shape, tensor.dtype, names, chunks[name])
+        reference.parts()  # raises where they do not make up the tensor
+        return reference
+
+    return _map(values, refer)
+
+
+def materialize(value: Any, held: Mapping[str, Rows] | None = None) -> Any:
     """A part of what `read_checkpoint` returned, its references replaced by whole tensors in host memory.
+
+    Args:
+        value: the part.
+        held: by name, what this rank wrote of the tensors: not read again, and given as it is where whole.
 
     Raises:
         ValueError: see `read_tensors`; or the tensors are larger than their files.
@@ -97,12 +117,16 @@ def materialize(value: Any) -> Any:
     if asked > (there := sum(file_in(*file).stat().st_size for file in files)):  # before memory is asked for
         raise ValueError(f"tensors of {asked:,} bytes cannot lie in files of {there:,} bytes")
 
-    def allocate(_, reference: TensorReference) -> Tensor:
+    held = held or {}
+
+    def allocate(name: str, reference: TensorReference) -> Tensor:
+        if (mine := held.get(reference.name)) and mine.rows.shape == reference.shape:
+            return mine.rows
         targets.append((torch.empty(reference.shape, dtype=reference.dtype), reference))
         return targets[-1][0]
 
     whole = _map(value, allocate, kind=TensorReference)
-    read_tensors(targets)
+    read_tensors(targets, held)
     return whole
 
 
@@ -157,7 +181,8 @@ class Checkpoints:
     """The checkpoints in one folder: `step_00000100`, …, and `latest`, which holds the name of the newest.
 
     `save`, `wait`, `load` and `load_latest` are collective: all ranks call them, all succeed or all raise.
-    Tensors that every rank holds are written by rank 0.
+    Tensors that every rank holds are written by rank 0; nodes with copies of the same shards share the work.
+    Between saves the copies in host memory stay, for the next one.
 
     Args:
         folder: made when missing; all ranks see it.
@@ -179,6 +204,7 @@ class Checkpoints:
         self.runtime = runtime
         self.keep_newest = keep_newest
         self.keep_every = keep_every
+        self._copies = HostCopies(runtime.device, runtime.pins_memory)
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[str | None] | None = None
 
@@ -196,7 +222,8 @@ class Checkpoints:
             state: tensors (shards too), numbers, text, and dictionaries, lists and tuples of them.
             exports: further files to write, before the checkpoint is published; each function is called on
                 rank 0 with what `read_checkpoint` gives, and returns the part to materialize and write.
-            wait: return when all is on the disk; else as soon as `state` is copied and may change.
+            wait: return when all is on the disk; else as soon as `state` may change, on a GPU by optimizer
+                steps only: its tensors are still being copied.
 
         Raises:
             TypeError: `state` holds something that could not be read back safely.
@@ -204,18 +231,25 @@ class Checkpoints:
                 checkpoint is untouched.
         """
         self.wait()
-        tensors, sizes = {}, {}
+        tensors, firsts, sizes = {}, {}, {}
+        shares: dict[int, int] = {}  # bytes that each copy of the shards writes
 
         def take(name: str, tensor: Tensor) -> Tensor:
             assert name not in sizes, f"two tensors would be called {name}"
             sizes[name] = tensor.numel() * tensor.element_size()
-            if _is_of_first_copy(tensor) if isinstance(tensor, DTensor) else self.runtime.is_main:
-                tensors[name] = tensor.detach().to("cpu", copy=True)
+            if take_turns(tensor, shares) if isinstance(tensor, DTensor) else self.runtime.is_main:
+                first, rows = local_rows(tensor)
+                if rows.numel() or not tensor.numel():  # of few rows not every rank has one
+                    firsts[name], tensors[name] = first, rows
             return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
         values = _map({**state, "step": step}, take)
+        copies, finish_copying = self._copies.copy(tensors)
+        held = {name: Rows(firsts[name], rows) for name, rows in copies.items()}
         size = sum(sizes.values())
-        self._pending = self._writer.submit(self._write, step, values, tensors, size, exports or {})
+        self._pending = self._writer.submit(
+            self._write, step, values, held, finish_copying, size, exports or {}
+        )
         if wait:
             self.wait()
 
@@ -235,7 +269,8 @@ class Checkpoints:
         self,
         step: int,
         values: dict[str, Any],
-        tensors: dict[str, Tensor],
+        held: dict[str, Rows],
+        finish_copying: Callable[[], object],
         size: int,
         exports: Mapping[str | os.PathLike, Callable[[dict[str, Any]], Any]],
     ) -> str | None:
@@ -246,16 +281,16 @@ class Checkpoints:
         temporary = self.folder / f".step_{step:08d}.tmp"
         try:
             self._make_folder(temporary, size)
-            index = write_tensors(temporary, tensors, group)
-            tensors.clear()  # room for what is exported
+            finish_copying()
+            index = write_tensors(temporary, held, group)
             if self.runtime.is_main:
                 content = {"values": values, "files": index.files, "chunks": index.chunks}
                 write_atomic(temporary / _VALUES, partial(torch.save, content))
-                written = read_checkpoint(temporary, verify=slice(0))
+                written = _refer(values, temporary, index.files, index.chunks)
                 for file, part_of in exports.items():
                     file = Path(file)
                     remove_leftovers(file.parent, glob.escape(file.name))
-                    write_atomic(file, partial(torch.save, materialize(part_of(written))))
+                    write_atomic(file, partial(torch.save, materialize(part_of(written), held)))
                 self._publish(temporary, step)
         except Exception as error:  # whatever it is, the other ranks wait to hear of it
             if self.runtime.is_main:
@@ -382,11 +417,6 @@ class Interval:
         if due:
             self._since = time.monotonic()
         return due
-
-
-def _is_of_first_copy(shard: DTensor) -> bool:
-    """Whether this rank's shard belongs to the first copy, where nodes hold copies."""
-    return not any(shard.device_mesh.get_coordinate()[:-1])
 
 
 def _map(value: Any, function: Callable[[str, Any], Any], kind: type = Tensor, name: str = "") -> Any:

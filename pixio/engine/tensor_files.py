@@ -3,6 +3,7 @@
 A table, not a pickle, says where each tensor is; no rank opens a file of which it needs nothing.
 """
 
+import json
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,6 +15,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from pixio.files import disk_full, file_in, fsync
+
+
+class Rows(NamedTuple):
+    """What a rank holds of a tensor: its rows from `first` on; of a tensor without dimensions the tensor."""
+
+    first: int
+    rows: Tensor
 
 
 class ShardIndex(NamedTuple):
@@ -61,16 +69,16 @@ class TensorReference(NamedTuple):
 
 
 def write_tensors(
-    folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None
+    folder: Path, tensors: Mapping[str, Rows], group: dist.ProcessGroup | None = None
 ) -> ShardIndex | None:
-    """Write what this rank holds of `tensors`, and flush it to the disk.
+    """Write what this rank holds of tensors, and flush it to the disk.
 
     Collective over `group`, whose first rank returns where everything is; without one this process is alone.
 
     Args:
         folder: exists.
-        tensors: in host memory, shards too; names are the same on all ranks that hold a shard, and what two
-            ranks hold alike is given on one of them.
+        tensors: in host memory; names are the same on all ranks that hold a shard, and what two ranks hold
+            alike is given on one of them.
 
     Raises:
         OSError: on the first rank, when any could not write.
@@ -99,11 +107,14 @@ def write_tensors(
     return index
 
 
-def read_tensors(targets: Iterable[tuple[Tensor, TensorReference]]) -> None:
+def read_tensors(
+    targets: Iterable[tuple[Tensor, TensorReference]], held: Mapping[str, Rows] | None = None
+) -> None:
     """Fill tensors, or this rank's shards of them, from their files; each rank for itself.
 
     Args:
         targets: of one folder; a tensor's shape is that of its reference.
+        held: by name, what this rank has written to these files and need not read again.
 
     Raises:
         ValueError: a file is missing or damaged or leads out of the folder, or a shape differs.
@@ -111,7 +122,7 @@ def read_tensors(targets: Iterable[tuple[Tensor, TensorReference]]) -> None:
     from safetensors import safe_open
 
     per_file: dict[str, list[tuple[Tensor, str, int, int, int]]] = {}
-    folder, names = None, set()
+    folder, names, held = None, set(), held or {}
     for target, reference in targets:
         folder = reference.folder
         if reference.name in names:
@@ -121,9 +132,13 @@ def read_tensors(targets: Iterable[tuple[Tensor, TensorReference]]) -> None:
             raise ValueError(
                 f"{folder}: {reference.name} is {tuple(reference.shape)}, expected {tuple(target.shape)}"
             )
-        first, local = _local_rows(target.detach())
+        first, local = local_rows(target.detach())
+        local = local if local.ndim else local[None]
+        mine = held.get(reference.name)
         for index, start, end in reference.parts():
-            if start < first + len(local) and first < end:
+            if mine is not None and mine.first == start:
+                _fill(local, first, mine.rows if mine.rows.ndim else mine.rows[None], start)
+            elif start < first + len(local) and first < end:
                 wanted = (local, reference.name, first, start, end)
                 per_file.setdefault(reference.files[index], []).append(wanted)
     try:
@@ -134,8 +149,7 @@ def read_tensors(targets: Iterable[tuple[Tensor, TensorReference]]) -> None:
                     part = part if part.ndim else part[None]
                     if part.shape != (shape := (end - start, *local.shape[1:])):
                         raise ValueError(f"{key} is {tuple(part.shape)} in {name}, expected {shape}")
-                    begin, stop = max(start, first), min(end, first + len(local))
-                    local[begin - first : stop - first].copy_(part[begin - start : stop - start])
+                    _fill(local, first, part, start)
     except Exception as error:  # a damaged file can fail anywhere inside the reader
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{folder} cannot be read: {reason}") from error
@@ -168,33 +182,64 @@ def checksum(path: Path) -> int:
     return crc
 
 
-def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Any, dict[str, list[int]]] | None:
+def local_rows(tensor: Tensor) -> Rows:
+    """What this rank holds of a tensor."""
+    if not isinstance(tensor, DTensor):
+        return Rows(0, tensor)
+    assert tensor.placements[-1].is_shard(0), f"shards of rows expected, found {tensor.placements}"
+    per_rank = -(-len(tensor) // tensor.device_mesh.size(-1))
+    return Rows(min(tensor.device_mesh.get_coordinate()[-1] * per_rank, len(tensor)), tensor.to_local())
+
+
+def take_turns(shard: DTensor, shares: dict[int, int]) -> bool:
+    """Whether this rank writes its part of a tensor; where nodes hold copies, the one with least so far does.
+
+    Args:
+        shares: bytes that each copy writes; the same on all ranks, that of this tensor is added.
+    """
+    mesh = shard.device_mesh
+    copies = range(mesh.size() // mesh.size(-1))
+    turn = min(copies, key=lambda copy: shares.get(copy, 0))
+    shares[turn] = shares.get(turn, 0) + shard.numel() * shard.element_size()
+    return sum(mesh.get_coordinate()[:-1]) == turn
+
+
+def _fill(local: Tensor, first: int, part: Tensor, start: int) -> None:
+    """Copy what two ranges of rows have in common: `local` begins with row `first`, `part` with `start`."""
+    begin, stop = max(start, first), min(start + len(part), first + len(local))
+    if begin < stop:
+        local[begin - first : stop - first].copy_(part[begin - start : stop - start])
+
+
+def _write_file(path: Path, tensors: Mapping[str, Rows]) -> tuple[Any, dict[str, list[int]]] | None:
     """Write this rank's rows; returns name, bytes and checksum of the file, offsets and sizes of parts."""
-    held, parts = {}, {}
-    for name, tensor in tensors.items():
-        first, rows = _local_rows(tensor)
-        if len(rows) or not tensor.numel():  # of few rows not every rank has one
-            held[name] = rows.contiguous() if tensor.ndim else tensor
-            offsets = [first, *[0] * (tensor.ndim - 1)] if tensor.ndim else []
-            parts[name] = [*offsets, *held[name].shape]
-    if not held:
+    if not tensors:
         return None
+    held = {name: rows.contiguous() for name, (_, rows) in tensors.items()}
+    parts = {
+        name: [*[first, *[0] * (rows.ndim - 1)][: rows.ndim], *rows.shape]
+        for name, (first, rows) in tensors.items()
+    }
     try:
         write_safetensors(held, path)
         fsync(path)
+        crc = _checksum_in_memory(path, held)
     except Exception as error:
         path.unlink(missing_ok=True)
         size = sum(rows.numel() * rows.element_size() for rows in held.values())
         if full := disk_full(error, path, size):
             raise full from error
         raise
-    return (path.name, path.stat().st_size, checksum(path)), parts
+    return (path.name, path.stat().st_size, crc), parts
 
 
-def _local_rows(tensor: Tensor) -> tuple[int, Tensor]:
-    """The first row that this rank holds of a tensor, and its rows from there on; a scalar is one row."""
-    if not isinstance(tensor, DTensor):
-        return 0, tensor if tensor.ndim else tensor[None]
-    assert tensor.placements[-1].is_shard(0), f"shards of rows expected, found {tensor.placements}"
-    per_rank = -(-len(tensor) // tensor.device_mesh.size(-1))
-    return min(tensor.device_mesh.get_coordinate()[-1] * per_rank, len(tensor)), tensor.to_local()
+def _checksum_in_memory(path: Path, tensors: Mapping[str, Tensor]) -> int:
+    """CRC-32 that a safetensors file of these tensors has; of the file only the header is read."""
+    with open(path, "rb") as file:
+        length = file.read(8)
+        header = file.read(int.from_bytes(length, "little"))
+    crc = zlib.crc32(length + header)
+    places = {name: entry["data_offsets"] for name, entry in json.loads(header).items() if name in tensors}
+    for name in sorted(places, key=places.__getitem__):
+        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), crc)
+    return crc

@@ -58,7 +58,7 @@ class TrainConfig:
     save_freq: int = option(
         20, "epochs between checkpoints kept for good; 0 = keep only the newest two", ge=0
     )
-    save_steps: int = option(1000, "steps between checkpoints; 0 = off", ge=0)
+    save_steps: int = option(0, "steps between checkpoints; 0 = off", ge=0)
     save_minutes: float = option(30.0, "minutes between checkpoints; 0 = off", ge=0)
     resume: str | None = option(
         None, "checkpoint of another run to start from; the run's own is found by itself"
