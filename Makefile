@@ -1,5 +1,5 @@
 # make demo   set up, pre-train a small Pixio on rendered scenes, and measure what it learnt (CPU or GPU)
-# make test   set up and run all tests          make lint   set up and check the style
+# make test   set up and run all tests          make lint   set up and check style and types
 # PYTHON=python3.12 make ... chooses the interpreter the environment is made with.
 
 PYTHON ?= python3
@@ -15,6 +15,7 @@ test: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 .venv/installed: requirements.txt setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

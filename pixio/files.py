@@ -148,7 +148,8 @@ def require_free(path: str | os.PathLike, size: int) -> None:
         OSError: fewer are free.
     """
     if shutil.disk_usage(Path(path).parent).free < size:
-        raise disk_full(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), path, size)
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise disk_full(full, path, size) or full
 
 
 def disk_full(error: BaseException | None, path: str | os.PathLike, needed: int = 0) -> OSError | None:

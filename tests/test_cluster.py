@@ -374,18 +374,18 @@ def run_jobs(folder: Path) -> dict[str, dict]:
         paced = [*tiny, "--dataset_type", "imagenet", "--data_path", folder / "tars", "--drop_path", "0.1"]
         paced += ["--epochs", "2", "--iters_per_epoch", STEPS // 2, "--save_steps", "3", "--timeout", "60"]
         spread, together = [*paced, "--nodes", "2", "--ngpus", "1"], [*paced, "--nodes", "1", "--ngpus", "2"]
-        jobs.submit("limited", *spread, "--timeout", "1", "--warning", "30", "--save_steps", "0", PACE="3")
+        # the shortest limit that leaves a slow and busy node time to start, and far from enough for all steps
+        limit = ["--timeout", "2", "--warning", "60", "--save_steps", "0"]
+        jobs.submit("limited", *spread, *limit, PACE="6")
         jobs.submit("preempted", *together, "--partition", "low", "--save_steps", "0", PACE="3")
         jobs.submit("requeued", *spread, PACE="3")
-        jobs.submit("killed", *spread, PACE="3")
-        jobs.submit("killed_shards", *spread, "--parallel", "fsdp", PACE="3")
+        jobs.submit("killed", *spread, "--parallel", "fsdp", PACE="3")
         jobs.wait_for_step("preempted", 4)
         cluster.call("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
         jobs.wait_for_step("requeued", 4)
         cluster.call("scontrol", "requeue", jobs.numbers["requeued"])
-        for name in ("killed", "killed_shards"):
-            jobs.wait_for_step(name, 4)
-            jobs.kill_rank(name, 1)
+        jobs.wait_for_step("killed", 4)
+        jobs.kill_rank("killed", 1)
         jobs.submit("whole", *spread, PACE="0")
         jobs.submit("hopeless", *spread, "--data_path", folder / "nothing")
         short = ["--epochs", "1", "--iters_per_epoch", "2", "--timeout", "10"]
@@ -394,9 +394,11 @@ def run_jobs(folder: Path) -> dict[str, dict]:
         cluster.wait(lambda: cluster.state(jobs.numbers["evaluated"]) == "RUNNING", "the evaluation", 60)
         cluster.wait((folder / "evaluated.out").exists, "the output of the evaluation", 60)
         cluster.call("scancel", "--batch", "--signal=USR2", jobs.numbers["evaluated"])
-        four, environ = ["--nodes", "2", "--ngpus", "2"], {**data, "TEACHER": str(folder / "teacher.pth")}
+        environ = {**data, "TEACHER": str(folder / "teacher.pth")}
         for name, (script, flags) in PUBLISHED.items():
-            jobs.submit(name, *short, *four, *shlex.split(flags), command=["bash", ROOT / script], **environ)
+            # two tasks on each of two nodes where the script shards within a node
+            size = ["--nodes", "2", "--ngpus", "2" if "hybrid" in (ROOT / script).read_text() else "1"]
+            jobs.submit(name, *short, *size, *shlex.split(flags), command=["bash", ROOT / script], **environ)
         kitti, ade20k = folder / "evaluation/data/kitti", folder / "damaged"
         command = "launch_monodepth.sh monodepth/configs/kitti_linear.yaml pixio_vitpico16 none"
         jobs.evaluate("depth", f"{command} --data_root {kitti} {DENSE} --panels 1")
@@ -440,11 +442,12 @@ def said(folder: Path, job: dict) -> str:
 def test_published_scripts_run_to_the_end(jobs, name):
     folder, found = jobs
     assert found[name]["state"] == "COMPLETED", said(folder / name, found[name])
-    assert [row["images"] for row in log_of(folder / name)] == [8, 16]
+    ranks = 4 if "hybrid" in (ROOT / PUBLISHED[name][0]).read_text() else 2
+    assert [row["images"] for row in log_of(folder / name)] == [2 * ranks, 4 * ranks]
     assert list((folder / name).glob("encoder*.pth"))
 
 
-@pytest.mark.parametrize("name", ["preempted", "limited", "requeued", "killed"])
+@pytest.mark.parametrize("name", ["preempted", "limited", "requeued"])
 def test_an_interrupted_job_continues_and_ends_as_an_undisturbed_one(jobs, name):
     folder, found = jobs
     assert found["whole"] | {"number": 0} == {"number": 0, "state": "COMPLETED", "restarts": 0}
@@ -456,9 +459,9 @@ def test_an_interrupted_job_continues_and_ends_as_an_undisturbed_one(jobs, name)
 
 def test_a_killed_job_with_shards_continues_and_ends_as_one_with_copies(jobs):
     folder, found = jobs
-    job = found["killed_shards"]
-    assert (job["state"], job["restarts"] >= 1) == ("COMPLETED", True), said(folder / "killed_shards", job)
-    for shards, copies in zip(losses(folder / "killed_shards"), losses(folder / "whole"), strict=True):
+    job = found["killed"]
+    assert (job["state"], job["restarts"] >= 1) == ("COMPLETED", True), said(folder / "killed", job)
+    for shards, copies in zip(losses(folder / "killed"), losses(folder / "whole"), strict=True):
         assert shards == pytest.approx(copies, rel=1e-3)
 
 

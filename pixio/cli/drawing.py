@@ -157,8 +157,8 @@ class Seen(NamedTuple):
 
     def draw(self, maps: Tensor, smooth: bool) -> Tensor:
         """Maps [K, h, w] over the input, at the size of the photograph: [K, H, W]."""
-        mode = "bicubic" if smooth else "nearest"
-        return self.placement.to_original(maps[None], mode, tuple(self.photo.shape[1:]))[0]
+        _, height, width = self.photo.shape
+        return self.placement.to_original(maps[None], "bicubic" if smooth else "nearest", (height, width))[0]
 
     def patches_at(self, points: Sequence[tuple[float, float]]) -> Tensor:
         """Features [points, D] of the patches at (x, y) in pixels of the image.
@@ -362,11 +362,11 @@ def _read_log(log: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         text = file.read_text(encoding="utf-8")
         # a run that was killed may have left its last line unfinished
         rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-        columns = [np.array([row[key] for row in rows], dtype=float) for key in ("step", "loss", "lr")]
+        steps, losses, lrs = (np.array([row[k] for row in rows], dtype=float) for k in ("step", "loss", "lr"))
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"{file} is no log of a run: expected step, loss and lr in each line ({error})"
         ) from None
     if not rows:
         raise ValueError(f"{file} holds no steps yet")
-    return tuple(columns)
+    return steps, losses, lrs

@@ -6,7 +6,7 @@ Each command is a dataclass of its options with a method `run`, which imports th
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pixio.cli import visualize
 from pixio.cli.features import Features
@@ -30,7 +30,7 @@ class Info:
         for name in self.models or [*pixio.list_models(), *pixio.list_models(pretraining=True)]:
             with torch.device("meta"):
                 model = pixio.create_model(name)
-            encoder = getattr(model, "encoder", model)
+            encoder: Any = getattr(model, "encoder", model)
             size = sum(p.numel() for p in encoder.parameters())
             decoder = sum(p.numel() for p in model.parameters()) - size
             shape = f"{encoder.embed_dim:>6}{len(encoder.blocks):>7}{encoder.num_heads:>6}"

@@ -32,7 +32,7 @@ class ReadStatistics:
         self.counts: Counter[str] = Counter()
         self._messages: list[str] = []
         self._reported: Counter[str] = Counter()
-        self._latest = deque(maxlen=5)
+        self._latest: deque[str] = deque(maxlen=5)
         self._consecutive = 0
         self._logged, self._unlogged = -LOG_SECONDS, 0
         self._start_search()

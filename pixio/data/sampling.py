@@ -121,10 +121,10 @@ class Sampler:
             items = [slices[i] for i in generator(self.seed, "units", epoch).permutation(len(slices))]
         return [self._groups(items[c :: self.consumers], epoch, c) for c in range(self.consumers)]
 
-    def _groups(self, items: list[ShardSlice | Remainder], epoch: int, consumer: int) -> list[Group]:
+    def _groups(self, items: Sequence[ShardSlice | Remainder], epoch: int, consumer: int) -> list[Group]:
         # the remainder of a group spans as many shards as a group does, so it makes a group of its own
         groups: list[list[ShardSlice | Remainder]] = [[item] for item in items if isinstance(item, Remainder)]
-        slices = [item for item in items if isinstance(item, ShardSlice)]
+        slices: list[ShardSlice | Remainder] = [item for item in items if isinstance(item, ShardSlice)]
         groups += [slices[i : i + self.shuffle_shards] for i in range(0, len(slices), self.shuffle_shards)]
         return [Group(tuple(group), (self.seed, epoch, consumer, i)) for i, group in enumerate(groups)]
 

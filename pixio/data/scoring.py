@@ -57,13 +57,15 @@ class TarScorer(IterableDataset):
                 yield ScoredBatch(tar, {}, [], self._stack([]), [], 0, True, str(error))
 
     def _score(self, tar: int, source: OpenShard, first: int) -> ScoredBatch:
-        records, names, images, seeds = {}, [], [], []
+        records: dict[str, dict[str, Any]] = {}
+        names, images, seeds = [], [], []
         stop = first + self.batch_size
         for entry in source.entries[first:stop]:
             try:
                 data = source.read(entry)
                 width, height = read_size(data)
-                records[entry.key] = record = {"width": width, "height": height}
+                record: dict[str, Any] = {"width": width, "height": height}
+                records[entry.key] = record
                 if "entropy" in self.scores:
                     pixels = decode_crop(data, ENTROPY_SIZE, whole_box)
                     record["histogram_score"] = round(color_entropy(pixels), ENTROPY_DIGITS)

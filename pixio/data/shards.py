@@ -6,11 +6,9 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from itertools import repeat, takewhile, zip_longest
+from itertools import takewhile, zip_longest
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol
-
-import numpy as np
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from pixio.data.randomness import digest, generator
 from pixio.data.tar_index import Entry, index_tar, read_member
@@ -28,14 +26,16 @@ class OpenShard(NamedTuple):
     """
 
     entries: Sequence[Entry]
-    read: Callable[[Entry], bytes | np.ndarray]
+    read: Callable[[Entry], Any]
     damage: str = ""
 
 
 class Shard(Protocol):
     """A named set of images that is indexed as a whole and read one by one."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The same wherever the set lies: it seeds crops, and positions in the set refer to it."""
 
     def open(self, epoch: int) -> AbstractContextManager[OpenShard]:
         """Index the shard for an epoch; it stays readable inside the context.
@@ -133,7 +133,8 @@ def _tars(data_path: str | None, suffixes: tuple[str, ...], what: str, search: C
             if not is_url(location) and not os.path.isfile(location):
                 raise FileNotFoundError(f"no tar {os.path.abspath(location)} (from data_path {data_path})")
         locations = [name if is_url(name) else os.path.abspath(name) for name in given]
-        return list(map(TarShard, _portable_names(locations), locations, repeat(suffixes)))
+        names = _portable_names(locations)
+        return [TarShard(name, place, suffixes) for name, place in zip(names, locations, strict=True)]
     root = _folder(data_path)
     names = search(root)
     if not names:

@@ -179,9 +179,9 @@ class StreamReader:
                 kept = counts["kept"]
                 with ExitStack() as stack:
                     opened = self._open(groups[i], epoch, stack)
-                    entries = groups[i].entries(
-                        lambda shard, opened=opened: opened[shard][0].entries if shard in opened else ()
-                    )
+                    indexed: dict[int, Sequence[Entry]] = dict.fromkeys(groups[i].shards(), ())
+                    indexed |= {shard: source.entries for shard, (source, _) in opened.items()}
+                    entries = groups[i].entries(indexed.__getitem__)
                     for at in range(done, len(entries)):
                         shard, entry = entries[at]
                         crop = self._crop(epoch, shard, entry, *opened[shard])
@@ -204,6 +204,7 @@ class StreamReader:
             self.status.set(shard.name)
             try:
                 if self.stream.curation:
+                    assert isinstance(shard, TarShard)  # others have no statistics
                     records = self.stream.curation.load(shard)
                     if records is None:
                         self.statistics.counts["shard_without_statistics"] += 1
@@ -224,7 +225,10 @@ class StreamReader:
         counts["seen"] += 1
         name = stream.shards[shard].name
         visit = (stream.seed, epoch, name, entry.key)
-        if stream.curation and (reason := stream.curation.rejects(records.get(entry.key), *visit)):
+        reason = None
+        if stream.curation and records is not None:
+            reason = stream.curation.rejects(records.get(entry.key), *visit)
+        if reason:
             counts[reason] += 1
             return None
         where = f"{name}: {entry.key!r}"

@@ -59,14 +59,18 @@ def index_tar(file: BinaryIO, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Tar
         for member in _members(file):
             name = member.name.lower()
             image = name.endswith(suffixes) and not is_junk(member.name)
+            sparse = _sparse(member)
             if member.islnk() or member.issym():
                 links += image
-            elif member.sparse is not None or member.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
+            elif sparse is not None or member.type in (
+                tarfile.REGTYPE,
+                tarfile.AREGTYPE,
+            ):
                 tars += name.endswith((".tar", ".tar.gz", ".tgz"))
                 if image:
                     entries.append(Entry(member.name, member.offset_data, member.size))
-                    if member.sparse is not None:
-                        extents[member.offset_data] = member.sparse
+                    if sparse is not None:
+                        extents[member.offset_data] = sparse
     except OSError as error:  # of the disk: the tar may be whole
         raise DamagedDataError(f"not a readable tar: {error}") from error
     except (tarfile.TarError, MemoryError, ValueError, EOFError, OverflowError, RecursionError) as error:
@@ -87,13 +91,15 @@ def index_tar(file: BinaryIO, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Tar
 
 def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     """All members of all tars that follow one another in a file; nothing but zeros lies between them."""
-    start, end = 0, os.fstat(file.fileno()).st_size
+    start: int | None = 0
+    end = os.fstat(file.fileno()).st_size
     while start is not None:
         file.seek(start)
         with tarfile.open(fileobj=file, mode="r:") as tar:
             last = start - 1
             for member in tar:
-                stored = sum(size for _, size in member.sparse) if member.sparse is not None else member.size
+                sparse = _sparse(member)
+                stored = member.size if sparse is None else sum(size for _, size in sparse)
                 if member.offset <= last or stored < 0 or member.size < 0:
                     raise DamagedDataError(f"impossible header of member {member.name!r}")
                 if member.offset_data + stored > end:
@@ -105,6 +111,11 @@ def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
         if any(os.pread(file.fileno(), tarfile.BLOCKSIZE, stop)):
             raise DamagedDataError(f"broken header at byte {stop:,}")
         start = _next_tar(file, stop)
+
+
+def _sparse(member: tarfile.TarInfo) -> list[tuple[int, int]] | None:
+    """(offset, size) of each stored part of a sparse member; None for others."""
+    return getattr(member, "sparse", None)
 
 
 def _next_tar(file: BinaryIO, start: int) -> int | None:

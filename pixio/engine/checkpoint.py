@@ -106,7 +106,8 @@ def materialize(value: Any, held: Mapping[str, Rows] | None = None) -> Any:
     Raises:
         ValueError: see `read_tensors`; or the tensors are larger than their files.
     """
-    targets, asked, files = [], 0, set()
+    targets: list[tuple[Tensor, TensorReference]] = []
+    asked, files = 0, set[tuple[Path, str]]()
 
     def measure(_, reference: TensorReference) -> None:
         nonlocal asked

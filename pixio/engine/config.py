@@ -100,9 +100,8 @@ def parse(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     hints = typing.get_type_hints(cls)
-    options = {
-        field.name: _Option(field, hints[field.name]) for field in dataclasses.fields(cls) if field.init
-    }
+    fields: tuple[dataclasses.Field, ...] = dataclasses.fields(cls)  # type: ignore[arg-type]
+    options = {field.name: _Option(field, hints[field.name]) for field in fields if field.init}
     for each in options.values():
         each.add_to(parser)
     words = [_plain_switch(parser, word) for word in (sys.argv[1:] if argv is None else argv)]
@@ -125,7 +124,7 @@ def parse(
 
 
 def parse_command(
-    commands: Mapping[str, type], argv: Sequence[str] | None = None, prog: str = "", description: str = ""
+    commands: Mapping[str, Any], argv: Sequence[str] | None = None, prog: str = "", description: str = ""
 ) -> Any:
     """Parse `prog COMMAND …`: make the dataclass of the command named first; see `parse`.
 

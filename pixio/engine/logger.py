@@ -255,7 +255,7 @@ def _plain(value: Any) -> Any:
 
 def _numbers(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
     """The numbers of a row, those in inner dictionaries under `outer/inner`."""
-    found = {}
+    found: dict[str, float] = {}
     for name, value in row.items():
         if isinstance(value, dict):
             found |= _numbers(value, f"{prefix}{name}/")

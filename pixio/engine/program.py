@@ -19,10 +19,11 @@ def program(name: str, extra: str, failures: tuple[type[Exception], ...] = ()) -
         extra: of the package, which brings the libraries the program needs.
         failures: exceptions, beside the common ones, whose message is all a user needs.
     """
+    expected: tuple[type[Exception], ...] = (ValueError, OSError, ImportError, *failures)
     with lasting_output():
         try:
             yield
-        except (ValueError, OSError, ImportError, *failures) as error:
+        except expected as error:
             raise SystemExit(f"{name}: error: {explain(error, extra)}") from error
         except KeyboardInterrupt:  # where nothing is saved yet
             print(f"{name}: interrupted", file=sys.stderr)

@@ -106,8 +106,8 @@ def _launched_ranks(environ: Mapping[str, str]) -> Ranks | None:
         most = max(map(int, re.findall(r"(\d+)(?:\(x\d+\))?", tasks)))
         nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
         # Another port for each attempt of a job: an old process may still listen on the last one.
-        launch = [number(f"SLURM_{name}", 0) for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT")]
-        address = _address(environ, expand_node_list(nodes)[0], *launch)
+        attempt = [number(f"SLURM_{name}", 0) for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT")]
+        address = _address(environ, expand_node_list(nodes)[0], *attempt)
         place = number("SLURM_PROCID"), number("SLURM_LOCALID")
         return Ranks(*place, size, most, address, one_gpu_each=True)
     return None
@@ -285,6 +285,7 @@ def join_ranks(ranks: Ranks, device: torch.device, timeout: timedelta) -> Watchd
     Raises:
         OSError: the other ranks cannot be reached, or some did not come.
     """
+    assert ranks.address is not None
     world = ranks.rank, ranks.world_size
     store = rendezvous(ranks.address, *world, min(timeout, LONGEST_START))
     on_gpu = device.type == "cuda"
@@ -315,7 +316,7 @@ def _check_gpus(store: dist.Store, ranks: Ranks, device: torch.device) -> None:
     uuid = torch.cuda.get_device_properties(device).uuid
     store.set(gpus[ranks.rank], f"{uuid} on {socket.gethostname()}")
     store.wait(gpus)
-    owners = {}
+    owners: dict[bytes, int] = {}
     for rank, gpu in enumerate(store.multi_get(gpus)):
         if (owner := owners.setdefault(gpu, rank)) != rank:
             time.sleep(1)  # this process may hold the store, and the others read it too

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from urllib.parse import SplitResult, urlsplit
 
 import torch.distributed as dist
@@ -37,7 +38,9 @@ def rendezvous(address: str, rank: int, world_size: int, timeout: timedelta) -> 
     deadline = time.monotonic() + timeout.total_seconds()
     try:
         if url.scheme == "tcp":
-            if rank > 0 and not _poll(lambda: _listens(url.hostname, url.port), deadline):
+            assert url.hostname is not None
+            assert url.port is not None
+            if rank > 0 and not _poll(partial(_listens, url.hostname, url.port), deadline):
                 raise dist.DistNetworkError(f"nobody listened there within {_minutes(timeout)}")
             store = dist.TCPStore(
                 url.hostname,

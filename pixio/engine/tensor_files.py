@@ -122,7 +122,7 @@ def read_tensors(
     from safetensors import safe_open
 
     per_file: dict[str, list[tuple[Tensor, str, int, int, int]]] = {}
-    folder, names, held = None, set(), held or {}
+    folder, names, held = Path(), set(), held or {}
     for target, reference in targets:
         folder = reference.folder
         if reference.name in names:
@@ -139,8 +139,8 @@ def read_tensors(
             if mine is not None and mine.first == start:
                 _fill(local, first, mine.rows if mine.rows.ndim else mine.rows[None], start)
             elif start < first + len(local) and first < end:
-                wanted = (local, reference.name, first, start, end)
-                per_file.setdefault(reference.files[index], []).append(wanted)
+                rows = (local, reference.name, first, start, end)
+                per_file.setdefault(reference.files[index], []).append(rows)
     try:
         for name, wanted in per_file.items():
             with safe_open(file_in(folder, name), framework="pt") as file:
@@ -169,7 +169,7 @@ def write_safetensors(
 
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, metadata=metadata)
+    save_file(dict(tensors), path, metadata=dict(metadata) if metadata else None)
     path.chmod(mode)
 
 

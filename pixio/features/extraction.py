@@ -39,9 +39,11 @@ _SHARED_BYTES = 2**30  # of shared memory, enough for what workers hold ready
 
 # ---------------------------------------------------------------------------------------- what is computed
 class FeatureSpec(Protocol):
-    """What is computed from each image; `remedy` is the advice where features are not finite."""
+    """What is computed from each image."""
 
-    remedy: str
+    @property
+    def remedy(self) -> str:
+        """The advice where features are not finite."""
 
     def pixels(self, data: bytes) -> tuple[Tensor, tuple[int, int]]:
         """The encoder's input, uint8 [3, H, W], of an encoded image, and the image's (height, width)."""

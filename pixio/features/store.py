@@ -24,7 +24,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pixio.data.shards import FOLDER_CHUNK, FolderShard, Shard
-from pixio.features.extraction import Arrays, FeatureExtractor, ImageRecord, ShardRange, index_shards
+from pixio.features.extraction import (
+    Arrays,
+    FeatureExtractor,
+    ImageRecord,
+    ShardRange,
+    TokenFeatures,
+    index_shards,
+)
 from pixio.files import read_json, remove_leftovers, require_free, write_atomic, write_json, write_text
 
 FORMATS = ("safetensors", "npy")  # layouts of `write_folder`
@@ -52,7 +59,8 @@ def write_file(path: Path, extractor: FeatureExtractor, shards: Sequence[Shard])
     Raises:
         ValueError: an image that cannot be read; two of one name (in a tar); see also `FeatureExtractor.run`.
     """
-    (parts, damaged, _), features = index_shards(shards, FOLDER_CHUNK), {}
+    features: dict[str, Tensor] = {}
+    parts, damaged, _ = index_shards(shards, FOLDER_CHUNK)
     with _progress(parts) as bar:
         for images, arrays in extractor.run(shards, parts):
             _refuse_unreadable(images)
@@ -90,6 +98,7 @@ def write_folder(
             in one file of safetensors; see also `FeatureExtractor.run`.
     """
     spec = extractor.spec
+    assert isinstance(spec, TokenFeatures)
     if format not in FORMATS:
         raise ValueError(f"unknown format '{format}': choose one of {', '.join(FORMATS)}")
     if format == "npy" and spec.transform.fit != "square" and "patch_tokens" in spec.arrays:
@@ -219,7 +228,7 @@ class FeatureStore:
         if self.layout == "npy":
             for name, array in features.items():
                 path = self._path(number, f"{name}.npy")
-                write_atomic(path, lambda file, array=array: np.save(file, array.numpy()))
+                write_atomic(path, partial(np.save, arr=array.numpy()))
         else:
             _write_safetensors(self._path(number, "safetensors"), features)
         rows = {place: row for row, place in enumerate(arrays)}

@@ -103,8 +103,8 @@ def decode_crop(data: bytes, size: int, choose: Callable[[int, int], Box], exact
         rows = jpeg.decode_rows(data, frame, bottom * reduction, reduction)
         if rows is not None:
             return _resize(rows[top:bottom, left:right], size=(size, size))
-    box = (left, top, right - left, bottom - top)
-    return _resize_box(decode(data), tuple(side * reduction for side in box), size, exact)
+    r = reduction
+    return _resize_box(decode(data), (left * r, top * r, (right - left) * r, (bottom - top) * r), size, exact)
 
 
 def random_resized_crop(

@@ -118,11 +118,11 @@ def _lacks_only_end_marker(data: bytes) -> bool:
     if not data.startswith(b"\xff\xd8") or data.endswith(_JPEG_END):
         return False
     data = data.removesuffix(b"\xff")
-    ways = [
+    one, other = (
         np.asarray(Image.open(io.BytesIO(data + filler + _JPEG_END), formats=("JPEG",)))
         for filler in (b"", bytes(range(254, 0, -1)) * 8)
-    ]
-    return np.array_equal(*ways)
+    )
+    return np.array_equal(one, other)
 
 
 def check_pixels(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:

@@ -108,9 +108,11 @@ class Transform:
     def __post_init__(self) -> None:
         if self.fit not in FITS:
             raise ValueError(f"unknown fit '{self.fit}': choose one of {', '.join(FITS)}")
-        if self.size is None and self.fit == "square":
-            raise ValueError("fit 'square' needs a size; 'resize' and 'pad' can keep the image's own")
-        if self.size is not None and self.size < 1:
+        if self.size is None:
+            if self.fit == "square":
+                raise ValueError("fit 'square' needs a size; 'resize' and 'pad' can keep the image's own")
+            return
+        if self.size < 1:
             raise ValueError(f"size {self.size} is not a positive number of pixels")
         if self.fit == "square" and self.size % self.patch_size:
             near = max(round(self.size / self.patch_size), 1) * self.patch_size
@@ -164,14 +166,14 @@ class Transform:
         if height < 1 or width < 1:
             raise ValueError(f"an image of {height} x {width} pixels shows nothing: both must be at least 1")
         p = self.patch_size
-        if self.fit == "square":
+        if self.fit == "square" and self.size is not None:
             return Placement((height, width), (self.size, self.size), (self.size, self.size))
         scale = self.size / max(height, width) if self.size else 1.0
-        sides = [max(side * scale, 1.0) for side in (height, width)]
+        high, wide = max(height * scale, 1.0), max(width * scale, 1.0)
         if self.fit == "pad":
-            shown = tuple(round(side) for side in sides)
-            return Placement((height, width), shown, tuple(-(-side // p) * p for side in shown))
-        shown = tuple(max(round(side / p), 1) * p for side in sides)
+            shown = round(high), round(wide)
+            return Placement((height, width), shown, (-(-shown[0] // p) * p, -(-shown[1] // p) * p))
+        shown = max(round(high / p), 1) * p, max(round(wide / p), 1) * p
         return Placement((height, width), shown, shown)
 
 

@@ -40,7 +40,7 @@ def list_files(root: str | os.PathLike, suffixes: tuple[str, ...] = IMAGE_SUFFIX
     """
     found: list[str] = []
     seen: set[tuple[int, int]] = set()
-    folders, links = [""], []  # relative, ending in a separator; links wait until no folder is left
+    folders, links = [""], list[str]()  # relative, ending in a separator; links wait until no folder is left
     while folders or links:
         folder = folders.pop() if folders else heapq.heappop(links)
         place = Path(root, folder)

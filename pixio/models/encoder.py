@@ -65,7 +65,8 @@ class PixioViT(nn.Module):
             raise ValueError(f"norm_layer gives {found}, but the weights were trained with {norm}")
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path {drop_path} is not in [0, 1)")
-        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        self.img_size = height, width
         self.patch_size = patch_size
         self.in_chans = in_chans
         self.embed_dim = embed_dim

@@ -53,7 +53,11 @@ def mae_builder(name: str, encoder: Callable[..., PixioViT]) -> Callable[..., Pi
     width, blocks, heads = reading.parse_name(name)["decoder"]
 
     def build(pretrained: str | Path | None = None, **options: Any) -> PixioMAE:
-        decoder = {"decoder_embed_dim": width, "decoder_depth": blocks, "decoder_num_heads": heads}
+        decoder: dict[str, Any] = {
+            "decoder_embed_dim": width,
+            "decoder_depth": blocks,
+            "decoder_num_heads": heads,
+        }
         decoder |= {key: options.pop(key) for key in _MAE_OPTIONS if key in options}
         return PixioMAE(encoder(pretrained, **options), **decoder)
 
@@ -188,6 +192,7 @@ def initialize_from(model: PixioMAE, source: str | Path, decoder: bool = False) 
     Raises:
         FileNotFoundError, ValueError: see `load_mae`; or all but the input size must fit and does not.
     """
+    named_heads: int | None
     if decoder:
         encoder_state, decoder_state, _, named = _read_mae(source)
         named_heads, decoder_heads = (named.get(part, (0, 0, 0))[2] for part in ("encoder", "decoder"))

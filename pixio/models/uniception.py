@@ -26,20 +26,20 @@ try:
 except ImportError:
 
     @dataclass
-    class EncoderInput:
+    class EncoderInput:  # type: ignore[no-redef]
         """image: float [B, 3, H, W], normalized as `data_norm_type` says, H and W multiples of p."""
 
         data_norm_type: str
         image: Tensor
 
     @dataclass
-    class EncoderOutput:
+    class EncoderOutput:  # type: ignore[no-redef]
         """features: [B, D, H/p, W/p], after the final norm. registers: [B, D, C], the class tokens."""
 
         features: Tensor
         registers: Tensor | None = None
 
-    class _Base(nn.Module):
+    class _Base(nn.Module):  # type: ignore[no-redef]
         def __init__(self, **attributes: Any):
             super().__init__()
             for name, value in attributes.items():

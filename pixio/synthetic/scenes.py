@@ -116,7 +116,7 @@ class _View:
         for i in np.flatnonzero(np.bincount(surface)):
             here = np.flatnonzero(surface == i)
             if i < FACES:
-                facing, u, v = _face(i, points[:, here])
+                facing, u, v = _face(int(i), points[:, here])
             else:
                 facing, u, v = _skin(primitives[i - FACES], points[:, here], camera.position)
             normals[:, here] = facing

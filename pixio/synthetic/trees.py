@@ -417,8 +417,8 @@ def _pascal_lists(groups: list[_Group]) -> dict[str, str]:
 
 
 def _loveda_paths(group: _Group) -> tuple[str, ...]:
-    number, half = divmod(group.number, 2)
-    half = ("Rural", "Urban")[half]
+    number, odd = divmod(group.number, 2)
+    half = ("Rural", "Urban")[odd]
     folder = f"{group.split.title()}/{group.split.title()}/{half}"
     name = f"{_LOVEDA_FIRST[group.split][half] + number}.png"
     return f"{folder}/images_png/{name}", f"{folder}/masks_png/{name}"
@@ -429,6 +429,7 @@ def _with_mask(values: np.ndarray, encode: Callable[[np.ndarray], bytes], group:
     return encode(scene.image), _png(_labels(scene.semantics, values))
 
 
+_KITTI_CAPACITY = (len(_KITTI_FRAMES["train"]), len(_KITTI_FRAMES["val"]))
 LAYOUTS = {
     "imagenet-tars": Layout(
         _imagenet_tar_paths, _imagenet_tar_contents, in_tars=True, lists=_imagenet_tar_lists
@@ -442,7 +443,7 @@ LAYOUTS = {
     ),
     "imagenet-folders": Layout(_imagenet_folder_paths, _imagenet_folder_contents),
     "nyuv2": Layout(_nyuv2_paths, _nyuv2_contents),
-    "kitti": Layout(_kitti_paths, _kitti_contents, capacity=tuple(len(_KITTI_FRAMES[s]) for s in _SPLITS)),
+    "kitti": Layout(_kitti_paths, _kitti_contents, capacity=_KITTI_CAPACITY),
     "ade20k": Layout(_ade20k_paths, partial(_with_mask, ADE20K_VALUES, _jpeg)),
     "pascal": Layout(_pascal_paths, partial(_with_mask, PASCAL_VALUES, _jpeg), lists=_pascal_lists),
     "loveda": Layout(_loveda_paths, partial(_with_mask, LOVEDA_VALUES, _png), capacity=(2 * 1156, 2 * 677)),

@@ -150,7 +150,7 @@ def _furnish(rng: np.random.Generator, room: Array, kind: str, support: str) -> 
     spread = rng.uniform(0.5, 0.9) + 0.1 * count
 
     placed: list[Primitive] = []
-    bare = []  # flat tops that carry nothing yet
+    bare: list[Primitive] = []  # flat tops that carry nothing yet
     for i in rng.permutation(count):
         for _ in range(12):
             radius, tall = rng.uniform((0.14, 0.14), (0.42, 0.55))

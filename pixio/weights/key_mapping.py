@@ -64,8 +64,8 @@ def from_transformers(state: State) -> State:
         ours[name] = value
     for query in [name for name in ours if ".attn.q." in name]:
         names = [query.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
-        parts = [ours.get(name) for name in names]
-        if all(part is not None and part.shape == parts[0].shape and part.ndim for part in parts):
+        parts = [ours[name] for name in names if name in ours]
+        if len(parts) == 3 and all(part.shape == parts[0].shape and part.ndim for part in parts):
             ours[query.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)  # [3 * D, D] or [3 * D]
             for name in names:
                 del ours[name]

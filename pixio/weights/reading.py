@@ -29,7 +29,8 @@ class _NumpyValue:
     """Stands for a type, number or array of numpy beside the weights, such as a best score."""
 
     def __init__(self, *arguments: Any):
-        self._arguments, self._state = arguments, ()
+        self._arguments = arguments
+        self._state: Any = ()
 
     def __setstate__(self, state: Any):
         self._state = state
@@ -40,8 +41,8 @@ class _NumpyValue:
 
         match self._arguments:
             case (_NumpyValue(_arguments=(str(code), *_), _state=(_, str(order), *_)), bytes(data)):
-                if re.fullmatch(r"[biuf][1248]|U[1-9]\d{0,3}", code):
-                    kind = numpy.dtype(code).newbyteorder(order)
+                if re.fullmatch(r"[<>=|]([biuf][1248]|U[1-9]\d{0,3})", order + code):
+                    kind = numpy.dtype(order + code)
                     return numpy.frombuffer(data, kind)[0].item() if len(data) == kind.itemsize else None
         return None
 
@@ -194,8 +195,8 @@ def parse_name(name: str) -> dict[str, tuple[int, int, int]]:
     found = _NAME.search(name)
     if not found:
         return {}
-    numbers = tuple(map(int, found.groups()))
-    return {"encoder": numbers[:3], "decoder": numbers[3:]}
+    a, b, c, d, e, f = map(int, found.groups())
+    return {"encoder": (a, b, c), "decoder": (d, e, f)}
 
 
 def _download(repository: str) -> Path:
