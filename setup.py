@@ -13,6 +13,7 @@ for line in Path(__file__).with_name("requirements.txt").read_text().splitlines(
 
 brings["dev"] = [
     "hypothesis>=6.100",
+    "mypy>=1.15",
     "onnx>=1.18",
     "onnxruntime>=1.22",
     "onnxscript>=0.5",

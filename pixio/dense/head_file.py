@@ -81,7 +81,7 @@ class HeadFile:
             FileNotFoundError: its weights are not there.
         """
         given = isinstance(source, nn.Module)
-        encoder = source if given else self._find_encoder(source, path)
+        encoder: Any = source if given else self._find_encoder(source, path)
         found, expected = fingerprint(encoder), self.identity["encoder_sha256"]
         if found != expected:
             named = "the encoder given" if given else source or self.pretrained or self.encoder

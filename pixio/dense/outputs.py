@@ -52,7 +52,7 @@ class Classes:
     def of(cls, names: tuple[str, ...]) -> "Classes":
         """Classes of these names; neighbors in number get colors far apart in hue and lightness."""
         palette = [colorsys.hls_to_rgb(0.618 * c % 1, 0.35 + 0.1 * (c % 4), 0.75) for c in range(len(names))]
-        return cls(names, tuple(tuple(round(255 * part) for part in color) for color in palette))
+        return cls(names, tuple((round(255 * r), round(255 * g), round(255 * b)) for r, g, b in palette))
 
     @property
     def count(self) -> int:

@@ -130,7 +130,7 @@ class Predictor:
             ValueError: a file that cannot be read, another kind of array, or a prediction that is not finite.
         """
         if isinstance(photos, list | tuple) or getattr(photos, "ndim", 0) == 4:
-            return [self(photo) for photo in photos]
+            return [self(photo) for photo in photos]  # type: ignore[union-attr]
         image = read_image(photos, MAX_PIXELS)
         name = str(photos) if isinstance(photos, str | Path) else "the image"
         return self.predict(to_tensor(image), name).cpu()

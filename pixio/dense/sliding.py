@@ -4,6 +4,7 @@ Letters: H x W pixels of the image, S side of a window, O outputs, n windows of 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,8 @@ def slide(
         )
     height, width = image.shape[-2:]
     corners = [(top, left) for top in range(0, height, stride) for left in range(0, width, stride)]
-    total = count = None  # over the rows from `at` to `at + size`
+    total: Any = None  # of the predictions over the rows from `at` to `at + size`
+    count: Any = None  # of the windows there
     at, results = 0, []
 
     def finish(rows: int) -> Tensor:

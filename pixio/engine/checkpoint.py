@@ -285,6 +285,7 @@ class Checkpoints:
             finish_copying()
             index = write_tensors(temporary, held, group)
             if self.runtime.is_main:
+                assert index is not None
                 content = {"values": values, "files": index.files, "chunks": index.chunks}
                 write_atomic(temporary / _VALUES, partial(torch.save, content))
                 written = _refer(values, temporary, index.files, index.chunks)

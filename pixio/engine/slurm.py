@@ -98,7 +98,7 @@ class Job:
     grace: float  # seconds after a warning in which the program may finish its step, save and exit
 
     def __call__(self) -> None:
-        requeue = signal.getsignal(WARNING)  # submitit's: it would exit at once, in the middle of a step
+        requeue: Any = signal.getsignal(WARNING)  # submitit's: it would exit at once, in the middle of a step
 
         def requeue_anyway() -> None:
             print(f"warned {self.grace:g} s ago and still in the same step: requeued", file=sys.stderr)
@@ -213,7 +213,7 @@ def program_arguments(config: LaunchConfig) -> tuple[str, ...]:
 
 def _sbatch_options(config: LaunchConfig, setup: Sequence[str], output: Path) -> dict[str, Any]:
     """Parameters of submitit's executor, with the shell lines that requeue a failed job."""
-    further = {"requeue": True}
+    further: dict[str, Any] = {"requeue": True}
     for pair in config.slurm:
         name, equals, value = pair.partition("=")
         further[name.removeprefix("--")] = value if equals else True

@@ -30,7 +30,7 @@ class DamagedDataError(ValueError):
     """Data that cannot be read: the streams skip, count and report it."""
 
 
-def decode(data: bytes, upright: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(data: bytes, upright: bool = True, max_pixels: int | None = None) -> Image.Image:
     """Decode a JPEG, PNG or WebP of any color mode.
 
     Grayscale, palette and CMYK become RGB, 16-bit gray keeps its upper byte, transparency is laid over
@@ -39,7 +39,7 @@ def decode(data: bytes, upright: bool = True, max_pixels: int = MAX_PIXELS) -> I
     Args:
         data: the encoded image.
         upright: turn it as its EXIF data say; else the pixels stay where they are stored.
-        max_pixels: refused above; twice MAX_PIXELS at most, where Pillow refuses by itself.
+        max_pixels: refused above, by default MAX_PIXELS; twice that at most, where Pillow refuses by itself.
 
     Returns:
         RGB image, 8 bits per channel.
@@ -70,7 +70,7 @@ def read_size(data: bytes) -> tuple[int, int]:
     return _open(data, size)
 
 
-def _open(data: bytes, use: Callable[[Image.Image], Any], max_pixels: int = MAX_PIXELS) -> Any:
+def _open(data: bytes, use: Callable[[Image.Image], Any], max_pixels: int | None = None) -> Any:
     """What `use` makes of an image whose header has been read and found acceptable."""
     try:
         with warnings.catch_warnings():
@@ -125,9 +125,10 @@ def _lacks_only_end_marker(data: bytes) -> bool:
     return np.array_equal(one, other)
 
 
-def check_pixels(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
-    if width * height > max_pixels:
-        raise DamagedDataError(f"{width} x {height} is above {max_pixels} pixels")
+def check_pixels(width: int, height: int, max_pixels: int | None = None) -> None:
+    limit = max_pixels or MAX_PIXELS
+    if width * height > limit:
+        raise DamagedDataError(f"{width} x {height} is above {limit} pixels")
 
 
 def orientation(exif: bytes | None) -> int:

@@ -189,7 +189,7 @@ def read_image(image: ImageSource, max_pixels: int | None = None) -> "Image.Imag
         from PIL import Image
     except ImportError as error:
         raise ImportError(f"reading images needs {error.name}: pip install pillow numpy") from None
-    from pixio.images.decoding import MAX_PIXELS, DamagedDataError, decode, to_rgb
+    from pixio.images.decoding import DamagedDataError, decode, to_rgb
 
     if isinstance(image, Image.Image):
         return to_rgb(image)
@@ -199,7 +199,6 @@ def read_image(image: ImageSource, max_pixels: int | None = None) -> "Image.Imag
                 f"array of {image.dtype} {list(image.shape)}: expected uint8 [H, W, 3] or [H, W]"
             )
         return Image.fromarray(image).convert("RGB")
-    max_pixels = max_pixels or MAX_PIXELS
     if isinstance(image, bytes):
         return decode(image, max_pixels=max_pixels)
     try:
