@@ -45,7 +45,8 @@ def cut(array: np.ndarray, box: Box) -> np.ndarray:
 
 def raster_of(array: np.ndarray) -> Raster:
     """An array [H, W, …] as a raster."""
-    return Raster(*array.shape[:2], lambda box: cut(array, box))
+    height, width = array.shape[:2]
+    return Raster(height, width, lambda box: cut(array, box))
 
 
 def open_image(data: bytes, upright: bool = True) -> Raster:

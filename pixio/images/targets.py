@@ -46,7 +46,8 @@ def open_depth(path: Path, units_per_meter: float) -> Raster:
         part = cut(values, box)
         return np.where(np.isfinite(part), part, 0).astype(np.float32)
 
-    return Raster(*values.shape, meters)
+    height, width = values.shape
+    return Raster(height, width, meters)
 
 
 def open_mask(path: Path) -> Raster:
@@ -79,11 +80,6 @@ def _open_png(path: Path, bits: int, modes: tuple[str, ...], expected: str) -> R
         except Exception as error:  # Pillow's decoders raise almost anything on damaged bytes
             raise DamagedDataError(f"{path} is not usable: {error}") from error
 
-    def decode(box: Box) -> np.ndarray:
-        left, top, width, height = box
-        corner = png.decode_corner(data, header, left + width, top + height)
-        return cut(read_whole() if corner is None else corner, box)
-
     data = path.read_bytes()
     header = png.read_header(data)
     if header is None or (header.bits, header.channels) != (bits, 1):
@@ -92,6 +88,12 @@ def _open_png(path: Path, bits: int, modes: tuple[str, ...], expected: str) -> R
         check_pixels(header.width, header.height)
     except DamagedDataError as error:
         raise DamagedDataError(f"{path} is not usable: {error}") from error
+
+    def decode(box: Box) -> np.ndarray:
+        left, top, width, height = box
+        corner = png.decode_corner(data, header, left + width, top + height)
+        return cut(read_whole() if corner is None else corner, box)
+
     return Raster(header.height, header.width, decode)
 
 
