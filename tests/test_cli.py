@@ -19,7 +19,7 @@ from helpers import write_tar
 from PIL import Image
 
 import pixio
-from pixio.cli.features import INCOMPLETE
+from pixio.cli.common import INCOMPLETE
 from pixio.cli.main import COMMANDS, main
 from pixio.engine.checkpoint import Checkpoints
 from pixio.engine.config import parse

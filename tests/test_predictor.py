@@ -1,24 +1,33 @@
-"""Predictions for photographs from the files that the evaluation leaves."""
+"""Predictions for photographs from the files that the evaluation leaves, in Python and by `pixio predict`."""
 
+import errno
+import json
+import os
 from pathlib import Path
 
 import eval_monodepth
 import eval_semseg
 import numpy as np
+import onnxruntime
 import pytest
 import torch
-from image_sets import encoded, noise
+from helpers import write_tar
+from image_sets import encoded, noise, png
 from PIL import Image
 
 import pixio
+from pixio.cli.main import main
+from pixio.cli.predict import _Writer
 from pixio.dense import Classes, Depth, Predictor, read_head, slide
 from pixio.dense import predictor as module
+from pixio.dense.export import Whole
 from pixio.images import decoding
+from pixio.images.targets import read_depth, read_mask
 from pixio.synthetic.scenes import render
 
 PROGRAMS = {"depth": eval_monodepth, "masks": eval_semseg}
 TINY = """
-    --dataset folder --encoder pixio_vitpico16 --device cpu --dtype fp32 --num_workers 0 --crop_size 32
+    --dataset folder --encoder pixio_vitfemto16 --device cpu --dtype fp32 --num_workers 0 --crop_size 32
     --epochs 1 --batch_size 1 --batches_per_step 2 --head linear --lr 1e-2 --panels 1 --save_minutes 0
 """
 FLAGS = {"depth": "--max_depth 8", "masks": "--nclass 7 --class_names a b c d e f g"}
@@ -45,7 +54,7 @@ def runs(tmp_path_factory) -> Path:
                 root / "data" / split / f"masks/{seed}.png"
             )
     torch.manual_seed(3)
-    torch.save(pixio.pixio_vitpico16(img_size=32).state_dict(), root / "encoder.pth")
+    torch.save(pixio.pixio_vitfemto16(img_size=32).state_dict(), root / "encoder.pth")
     seen = {}
     with pytest.MonkeyPatch.context() as patch:
         for task, program in PROGRAMS.items():
@@ -176,14 +185,164 @@ def test_a_photograph_too_large_for_one_piece_names_the_limit_and_the_remedy(run
         load(runs, mode="whole")(photo(runs))
 
 
+# --- pixio predict ------------------------------------------------------------------------------------------
+
+
+def predict(runs: Path, *photos: object, output: Path, task: str = "depth", flags: str = "") -> None:
+    files = [str(photo) for photo in photos]
+    command = f"--head {runs / task / 'head.pth'} --output {output} --device cpu {flags}"
+    main(["predict", *files, *command.split()])
+
+
+def test_depth_comes_as_png_npy_and_picture_under_the_names_of_the_photographs(runs, tmp_path, capsys):
+    predict(runs, runs / "data/*/images", output=tmp_path, flags="--format both")
+    found = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.*"))
+    assert "predictions.json" in found
+    assert {"depth/val/images/2.npy", "depth/val/images/2.png", "pictures/val/images/2.png"} < set(found)
+    depth = np.load(tmp_path / "depth/val/images/2.npy")
+    assert np.array_equal(depth, load(runs)(photo(runs)).numpy())
+    png = read_depth(tmp_path / "depth/val/images/2.png", 1000)
+    assert np.abs(png - depth).max() <= 0.501e-3
+    assert "4 photographs ->" in capsys.readouterr().out
+
+
+def test_masks_come_as_palette_pngs_in_the_colors_of_the_head(runs, tmp_path):
+    predict(runs, photo(runs), output=tmp_path, task="masks", flags="--no_pictures")
+    file = tmp_path / "masks/2.png"
+    classes = load(runs, "masks")(photo(runs))
+    assert np.array_equal(read_mask(file), classes.numpy())
+    colors = np.array(read_head(runs / "masks/head.pth").output.colors)
+    assert np.array_equal(np.array(Image.open(file).convert("RGB")), colors[classes.numpy()])
+    assert json.loads((tmp_path / "predictions.json").read_text())["class_names"] == list("abcdefg")
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_a_stopped_run_resumes_and_another_setting_is_refused(runs, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        shown = iter(range(100))
+        original = Predictor.predict
+
+        def dying(*arguments):
+            if next(shown) == 1:
+                raise KeyboardInterrupt
+            return original(*arguments)
+
+        patch.setattr(Predictor, "predict", dying)
+        with pytest.raises(SystemExit) as stopped:
+            predict(runs, photo(runs).parent, output=tmp_path)
+        assert stopped.value.code == 130
+    predict(runs, photo(runs).parent, output=tmp_path)
+    assert "1 photographs -> " in (said := capsys.readouterr().out)
+    assert ", and 1 from before" in said
+    with pytest.raises(SystemExit) as stopped:
+        predict(runs, photo(runs).parent, output=tmp_path, flags="--mode whole")
+    assert stopped.value.code == 2
+    assert "holds predictions with mode slide, not whole: choose another" in capsys.readouterr().err
+
+
+def test_broken_files_are_named_and_skipped_and_the_status_tells(runs, tmp_path, capsys):
+    source = tmp_path / "photos"
+    write_tar(source / "more.tar", {"../../up.png": png(7), "x/y.png": b"no image"})
+    (source / "cut.png").write_bytes(png(7)[:40])
+    for name in ("same.png", "same.webp"):
+        Image.open(photo(runs)).save(source / name)
+    (source / "out/depth").mkdir(parents=True)
+    Image.open(photo(runs)).save(source / "out/depth/same.png.png")  # of an earlier run, no photograph
+    with pytest.raises(SystemExit) as stopped:
+        predict(runs, source, output=source / "out", flags="--no_pictures")
+    assert stopped.value.code == 3
+    made = sorted(str(file.relative_to(source / "out/depth")) for file in source.rglob("depth/**/*.*"))
+    assert made == ["more/up.png", "same.png.png", "same.webp.png"]
+    said = capsys.readouterr().err
+    assert "cut.png: " in said
+    assert "x/y.png: not a JPEG or PNG or WEBP image" in said
+    assert "2 cannot be read, first" in said
+
+
+def test_a_full_disk_ends_the_command_with_one_line(runs, tmp_path, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Image.Image, "save", refuse)
+    with pytest.raises(SystemExit) as stopped:
+        predict(runs, photo(runs), output=tmp_path, flags="--no_pictures")
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("pixio predict: error: cannot write ")
+    assert "No space left on device" in line
+    assert not list(tmp_path.rglob("2*.png"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--depth_scale 10000", "8 m would be 80000, a 16-bit PNG ends at 65535"),
+        ("--window 8", "windows of 8 pixels are below the patch size"),
+        ("--pretrained nowhere.pth", "nowhere.pth"),
+    ],
+)
+def test_mistakes_of_pixio_predict_end_with_one_line(runs, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as stopped:
+        predict(runs, photo(runs), output=tmp_path / "out", flags=flags)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_far_depth_gets_a_coarser_unit(runs, tmp_path):
+    predictor = load(runs)
+    predictor.output = Depth(0.001, 80.0)
+    assert _Writer(tmp_path, predictor, "png", None, False).units == 256
+
+
+# --- onnx ---------------------------------------------------------------------------------------------------
+
+
+def images_of(*shape: int) -> torch.Tensor:
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_encoder_and_head_in_one_onnx_model_predict_the_same_at_any_size(runs, tmp_path, capsys):
+    main(["convert", str(runs / "depth/head.pth"), str(tmp_path / "model.onnx"), "--to", "onnx"])
+    assert "onnxruntime.InferenceSession(" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    predictor = load(runs, mode="whole")
+    for shape in ((1, 3, 40, 56), (2, 3, 37, 91), (1, 3, 3, 3)):
+        images = images_of(*shape)
+        (found,) = session.run(None, {"images": images.numpy()})
+        expected = torch.stack([predictor.predict(image) for image in images])
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-4)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["max_depth"]) == 8
+
+
+@torch.inference_mode()
+def test_what_is_exported_gives_classes_too(runs):
+    predictor, images = load(runs, "masks", mode="whole"), images_of(2, 3, 37, 91)
+    assert torch.equal(Whole(predictor)(images), torch.stack([predictor.predict(image) for image in images]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("{runs}/depth/head.pth out --to timm", "is a head: use --to onnx"),
+        ("{runs}/encoder.pth out.onnx --to onnx --pretrained x", "is no head, to which --pretrained belongs"),
+    ],
+)
+def test_what_a_head_does_not_convert_to_is_said(runs, tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["convert", *flags.format(runs=runs).split()])
+    assert message in capsys.readouterr().err
+
+
 # --- head files ---------------------------------------------------------------------------------------------
 
 
 def test_a_head_file_says_all_that_predicting_needs(runs):
     head = read_head(runs / "masks/head.pth")
-    assert head.encoder == "pixio_vitpico16"
+    assert head.encoder == "pixio_vitfemto16"
     assert head.pretrained == str(runs / "encoder.pth")
-    assert (head.block_ids, head.patch_size, head.window) == ((5,), 16, (32, 21))
+    assert (head.block_ids, head.patch_size, head.window) == ((3,), 16, (32, 21))
     assert head.output.names == tuple("abcdefg")
     assert len(set(head.output.colors)) == 7
     assert read_head(runs / "depth/head.pth").output == Depth(0.001, 8.0)
@@ -203,7 +362,7 @@ def test_an_older_head_file_loads_once_the_encoder_is_given(runs, tmp_path, task
 
 
 def test_a_head_of_another_encoder_is_refused_with_both_fingerprints(runs, tmp_path):
-    other = pixio.pixio_vitpico16(img_size=32)
+    other = pixio.pixio_vitfemto16(img_size=32)
     torch.save(other.state_dict(), tmp_path / "other.pth")
     ours, theirs = (
         pixio.models.external.fingerprint(e)[:16]

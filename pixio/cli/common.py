@@ -9,6 +9,7 @@ from pixio.engine.config import option
 from pixio.images.inference import Fit, Transform
 from pixio.models.encoder import PixioViT
 
+INCOMPLETE = 3  # exit status: done, but for images that cannot be read
 FIT = (
     "square: size x size, whatever the aspect ratio; resize: longer side = size, then both to the nearest "
     "multiple of the patch size; pad: longer side = size, then padded to multiples"

@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pixio.cli.common import FIT, EncoderOptions
+from pixio.cli.common import FIT, INCOMPLETE, EncoderOptions
 from pixio.engine.config import option
 from pixio.images.inference import Fit
-
-INCOMPLETE = 3  # exit status: done, but for images that cannot be read
 
 
 @dataclass(frozen=True, kw_only=True)

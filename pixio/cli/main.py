@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pixio.cli import visualize
 from pixio.cli.features import Features
+from pixio.cli.predict import Predict
 from pixio.engine.config import option, parse_command
 from pixio.engine.program import explain, lasting_output
 
@@ -40,13 +41,15 @@ class Info:
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Convert an encoder for another library.
+    """Convert an encoder for another library, or encoder and head into one ONNX model.
 
-    Prints a line of Python that loads the result, and what differs from Pixio's own.
+    Prints a line of Python that loads the result, and what differs from Pixio's own. Of a head.pth, which
+    converts to onnx alone, the model takes RGB pixels, uint8 [B, 3, H, W], and gives depth in meters or
+    classes [B, H, W].
     """
 
     example = "pixio_vith16.pth pixio-vith16 --to transformers"
-    source: str = option(help="weight file, folder, or Hugging Face repository", positional=True)
+    source: str = option(help="weight file, folder, Hugging Face repository, or head.pth", positional=True)
     target: str = option(help="file or folder to make", positional=True)
     to: str = option(help="{choices}", metavar="FORMAT", choices="pixio.weights.export:FORMATS")
     num_heads: int | None = option(None, "where the source does not tell", ge=1)
@@ -56,11 +59,25 @@ class Convert:
         "all", "mean: one class token, the mean, for code that expects a single one (transformers' DPT)"
     )
 
+    pretrained: str | None = option(
+        None, "of a head: weights of the encoder it was trained on; where they were when left out"
+    )
+
     def run(self) -> None:
         import pixio
+        from pixio.dense import Predictor, is_head
+        from pixio.dense.export import write_onnx
         from pixio.weights.export import check_target, export
 
         check_target(self.target, self.to)  # before anything is downloaded
+        if is_head(self.source):
+            if self.to != "onnx" or self.cls != "all" or self.num_heads:
+                raise ValueError(f"{self.source} is a head: use --to onnx, without --cls and --num_heads")
+            predictor = Predictor.from_pretrained(self.source, self.pretrained, device="cpu")
+            print(write_onnx(predictor, self.target, self.batch, self.size))
+            return
+        if self.pretrained:
+            raise ValueError(f"{self.source} is no head, to which --pretrained belongs: leave it out")
         model = pixio.from_pretrained(self.source, self.num_heads, dtype=None)
         print(export(model, self.target, self.to, self.batch, self.size, self.cls))
 
@@ -112,6 +129,7 @@ COMMANDS = {
     "info": Info,
     "convert": Convert,
     "features": Features,
+    "predict": Predict,
     **visualize.COMMANDS,
     "plan": Plan,
     "scenes": Scenes,

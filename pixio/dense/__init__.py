@@ -1,7 +1,7 @@
 """From features to depth maps and masks: frozen encoders, heads, sliding windows, the predictor."""
 
 from pixio.dense.frozen import FrozenEncoder
-from pixio.dense.head_file import HeadFile, read_head, window_of
+from pixio.dense.head_file import HeadFile, is_head, read_head, window_of
 from pixio.dense.heads import KINDS, DPTHead, LinearHead, SyncedBatchNorm2d, SyncGroup, head_blocks, make_head
 from pixio.dense.outputs import Classes, Depth, Output
 from pixio.dense.predictor import Predictor
@@ -20,6 +20,7 @@ __all__ = [
     "SyncGroup",
     "SyncedBatchNorm2d",
     "head_blocks",
+    "is_head",
     "make_head",
     "read_head",
     "slide",

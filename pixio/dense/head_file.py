@@ -121,6 +121,11 @@ class HeadFile:
         return head.eval()
 
 
+def is_head(path: str | Path) -> bool:
+    """Whether a path leads to a file that `read_head` reads."""
+    return Path(path).is_file() and Path(path).suffix == ".pth" and "identity" in read_file(path)
+
+
 def read_head(path: str | Path) -> HeadFile:
     """Read a head file, also one that older versions wrote: `identity`, `epoch` and `state` alone.
 

@@ -31,8 +31,8 @@ class Depth:
         return logits.sigmoid() * self.max_depth
 
     def decide(self, averages: Tensor) -> Tensor:
-        """Averages [1, H, W] -> meters, float32 [H, W]."""
-        return averages[0].clamp(self.min_depth, self.max_depth)
+        """Averages [..., 1, H, W] -> meters, float32 [..., H, W]."""
+        return averages.select(-3, 0).clamp(self.min_depth, self.max_depth)
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Classes:
         return logits.softmax(1)
 
     def decide(self, averages: Tensor) -> Tensor:
-        """Averages [O, H, W] -> classes, uint8 [H, W]."""
-        return averages.argmax(0).to(torch.uint8)
+        """Averages [..., O, H, W] -> classes, uint8 [..., H, W]."""
+        return averages.argmax(-3).to(torch.uint8)
 
 
 Output: TypeAlias = Depth | Classes

@@ -159,7 +159,9 @@ class Predictor:
         if self.mode == "slide":
             return slide(self._averages, pixels, *self.window, self.window_batch, decide)
         if height * width > WHOLE_PIXELS:
-            raise ValueError(
+            from pixio.images.decoding import DamagedDataError  # needs more than torch
+
+            raise DamagedDataError(
                 f"{name} has {width} x {height} pixels, and mode whole takes up to {WHOLE_PIXELS:,} pixels: "
                 "use mode slide, or a smaller photograph"
             )

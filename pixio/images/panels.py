@@ -91,7 +91,7 @@ def _panels(
     path: Path, images: Sequence[np.ndarray], titles: Sequence[str], side: float
 ) -> Iterator[np.ndarray]:
     """Axes [rows, 1 + maps] of a picture with one row per image, the images in its first column."""
-    heights = [image.shape[0] / image.shape[1] for image in images]
+    heights = [min(max(image.shape[0] / image.shape[1], 0.2), 5.0) for image in images]
     width, height = (1 + len(titles)) * side + _MARGIN, side * sum(heights) + 0.4
     with figure(path, width, height, dpi=_DPI) as drawn:
         axes = drawn.subplots(len(images), 1 + len(titles), height_ratios=heights, squeeze=False)

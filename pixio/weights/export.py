@@ -7,6 +7,7 @@ converting back gives every bit. Letters: B images, H x W pixels, N patches, C c
 import copy
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,32 +190,61 @@ def write_onnx(
         ValueError: the patch size does not divide the size.
         ImportError: `onnx` or `onnxscript` is missing.
     """
-    dynamic = {} if batch else {0: "batch"}
-    if size is None:
+    patch, side = model.patch_size, model.img_size
+    example = size or (side[0] + patch, side[1] + 2 * patch)
+    model.grid_of(*example)
+    facts = {
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+        "size": size or side,
+        "patch_size": patch,
+        "n_cls_tokens": model.n_cls_tokens,
+    }
+    images = torch.zeros(batch or 2, model.in_chans, *example)
+    fixed = (batch is not None, size is not None)
+    save_onnx(_LastBlock(model), images, target, ONNX_OUTPUTS, fixed, facts, None if size else patch)
+
+
+def save_onnx(
+    module: nn.Module,
+    images: Tensor,
+    target: str | Path,
+    outputs: Sequence[str],
+    fixed: tuple[bool, bool],
+    facts: dict[str, Any],
+    multiples_of: int | None = None,
+) -> None:
+    """Write a module as an ONNX model from `images`; weights of more than 1 GiB go to `<target>.data`.
+
+    Args:
+        module: takes `images`.
+        images: an example, [B, C, H, W].
+        target: file to make.
+        outputs: names of what the module returns.
+        fixed: whether B, and whether H and W, are those of the example; else any.
+        facts: kept in the model's metadata, as JSON.
+        multiples_of: images of other heights and widths are refused.
+
+    Raises:
+        FileExistsError: the target exists.
+        ImportError: `onnx` or `onnxscript` is missing.
+    """
+    dynamic = {} if fixed[0] else {0: "batch"}
+    if not fixed[1]:
         dynamic |= {2: "height", 3: "width"}
-        size = (model.img_size[0] + model.patch_size, model.img_size[1] + 2 * model.patch_size)
-    model.grid_of(*size)
-    images = torch.zeros(batch or 2, model.in_chans, *size)
-    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    weight_bytes = sum(parameter.nbytes for parameter in module.parameters())
     check_target(target, "onnx")
     program = torch.onnx.export(
-        _LastBlock(model).eval(),
+        module.eval(),
         (images,),
         dynamo=True,
         verbose=False,
         input_names=["images"],
-        output_names=ONNX_OUTPUTS,
+        output_names=outputs,
         dynamic_shapes={"images": dynamic},
     )
-    if 2 in dynamic:
-        _check_multiples(program.model.graph, model.patch_size)
-    facts = {
-        "mean": IMAGENET_MEAN,
-        "std": IMAGENET_STD,
-        "size": model.img_size if 2 in dynamic else size,
-        "patch_size": model.patch_size,
-        "n_cls_tokens": model.n_cls_tokens,
-    }
+    if multiples_of:
+        _check_multiples(program.model.graph, multiples_of)
     program.model.metadata_props.update({name: json.dumps(value) for name, value in facts.items()})
     with temporary_path(Path(target), weight_bytes) as path:
         program.save(path, external_data=weight_bytes > _ONNX_INLINE)
