@@ -22,7 +22,7 @@ from pixio.dense import Classes, Depth, Predictor, read_head, slide
 from pixio.dense import predictor as module
 from pixio.dense.export import Whole
 from pixio.images import decoding
-from pixio.images.targets import read_depth, read_mask
+from pixio.images.targets import open_depth, open_mask
 from pixio.synthetic.scenes import render
 
 PROGRAMS = {"depth": eval_monodepth, "masks": eval_semseg}
@@ -201,7 +201,7 @@ def test_depth_comes_as_png_npy_and_picture_under_the_names_of_the_photographs(r
     assert {"depth/val/images/2.npy", "depth/val/images/2.png", "pictures/val/images/2.png"} < set(found)
     depth = np.load(tmp_path / "depth/val/images/2.npy")
     assert np.array_equal(depth, load(runs)(photo(runs)).numpy())
-    png = read_depth(tmp_path / "depth/val/images/2.png", 1000)
+    png = open_depth(tmp_path / "depth/val/images/2.png", 1000).whole()
     assert np.abs(png - depth).max() <= 0.501e-3
     assert "4 photographs ->" in capsys.readouterr().out
 
@@ -210,7 +210,7 @@ def test_masks_come_as_palette_pngs_in_the_colors_of_the_head(runs, tmp_path):
     predict(runs, photo(runs), output=tmp_path, task="masks", flags="--no_pictures")
     file = tmp_path / "masks/2.png"
     classes = load(runs, "masks")(photo(runs))
-    assert np.array_equal(read_mask(file), classes.numpy())
+    assert np.array_equal(open_mask(file).whole(), classes.numpy())
     colors = np.array(read_head(runs / "masks/head.pth").output.colors)
     assert np.array_equal(np.array(Image.open(file).convert("RGB")), colors[classes.numpy()])
     assert json.loads((tmp_path / "predictions.json").read_text())["class_names"] == list("abcdefg")
