@@ -5,13 +5,16 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pixio.cli.common import INCOMPLETE
 from pixio.engine.config import option
 
 if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
     from torch import Tensor
 
     from pixio.data.shards import Shard
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
     from pixio.dense import Predictor
 
 SETTINGS = "predictions.json"
-_UNITS = (1000, 256, 100)  # PNG values per meter: NYUv2's, KITTI's, centimeters
+_UNITS = (1000.0, 256.0, 100.0)  # PNG values per meter: NYUv2's, KITTI's, centimeters
 _LARGEST = 2**16 - 1
 _SIDE = 5.0  # inches, width of a panel of a picture
 
@@ -153,10 +156,12 @@ class _Writer:
     def __init__(
         self, folder: Path, predictor: "Predictor", format: str, depth_scale: float | None, pictures: bool
     ):
+        from pixio.dense import Depth
+
         self.folder, self.predictor, self.pictures = folder, predictor, pictures
         self.suffixes = (".png", ".npy") if format == "both" else (f".{format}",)
-        self.kind = "masks" if predictor.class_names else "depth"
-        if not predictor.class_names:
+        self.kind = "depth" if isinstance(predictor.output, Depth) else "masks"
+        if isinstance(predictor.output, Depth):
             far = predictor.output.max_depth
             fitting = [units for units in _UNITS if far * units <= _LARGEST]
             self.units = depth_scale or (fitting or [_LARGEST / far])[0]
@@ -172,21 +177,22 @@ class _Writer:
         Raises:
             ValueError: it does not.
         """
+        from pixio.dense import Depth
         from pixio.files import read_json, write_json
         from pixio.models.external import fingerprint
 
         predictor = self.predictor
-        settings = {
+        settings: dict[str, Any] = {
             "head_sha256": fingerprint(predictor.head),
             "encoder_sha256": fingerprint(predictor.frozen.encoder),
             "mode": predictor.mode,
             "window": list(predictor.window),
         }
-        if predictor.class_names:
+        if isinstance(predictor.output, Depth):
+            settings |= {"png_values_per_meter": self.units, "max_depth": predictor.output.max_depth}
+        else:
             settings["class_names"] = list(predictor.class_names)
             settings["class_colors"] = [list(color) for color in predictor.class_colors]
-        else:
-            settings |= {"png_values_per_meter": self.units, "max_depth": predictor.output.max_depth}
         path = self.folder / SETTINGS
         if path.exists():
             found = read_json(path)
@@ -231,28 +237,32 @@ class _Writer:
 
     def _write(self, name: str, pixels: "Tensor", prediction: "Tensor") -> None:
         import numpy as np
-        from PIL import Image
 
+        from pixio.dense import Depth
         from pixio.files import write_atomic
         from pixio.images.panels import draw_classes, draw_depth
 
         values, output = prediction.numpy(), self.predictor.output
         for file in self.files(name):
             file.parent.mkdir(parents=True, exist_ok=True)
-            if file.parent.is_relative_to(self.folder / "pictures"):
+            if file.is_relative_to(self.folder / "pictures"):
                 shown, maps = [pixels.permute(1, 2, 0).numpy()], {self.kind: [values]}
-                if self.kind == "masks":
-                    draw_classes(file, shown, maps, output.names, output.colors, side=_SIDE)
-                else:
+                if isinstance(output, Depth):
                     draw_depth(file, shown, maps, output.min_depth, output.max_depth, side=_SIDE)
-            elif file.suffix == ".npy":
-                write_atomic(file, lambda opened: np.save(opened, values))
-            else:
-                if self.kind == "masks":
-                    image = Image.fromarray(values).convert("L")
-                    image.putpalette([part for color in output.colors for part in color])
                 else:
-                    # 0 would stand for what is not known
-                    scaled = (values * self.units).round().clip(1, _LARGEST)
-                    image = Image.fromarray(scaled.astype(np.uint16))
-                write_atomic(file, lambda opened, image=image: image.save(opened, "png"))
+                    draw_classes(file, shown, maps, output.names, output.colors, side=_SIDE)
+            elif file.suffix == ".npy":
+                write_atomic(file, partial(np.save, arr=values))
+            else:
+                write_atomic(file, partial(self._image(values).save, format="png"))
+
+    def _image(self, values: "np.ndarray") -> "Image.Image":
+        """A prediction [H, W] as the image that a PNG holds."""
+        import numpy as np
+        from PIL import Image
+
+        if self.kind == "depth":  # 0 would stand for what is not known
+            return Image.fromarray((values * self.units).round().clip(1, _LARGEST).astype(np.uint16))
+        image = Image.fromarray(values).convert("L")
+        image.putpalette([part for color in self.predictor.class_colors for part in color])
+        return image
