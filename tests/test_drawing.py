@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.decomposition import PCA
 
 import pixio
-from pixio.cli import drawing
+from pixio.cli import curves, drawing
 from pixio.cli.report import write_report
 from pixio.engine.checkpoint import Checkpoints
 from pixio.engine.runtime import Runtime
@@ -207,18 +207,39 @@ def log(folder, losses, extra=""):
 def test_curves_are_drawn_of_logs_with_gaps_and_unfinished_lines(tmp_path):
     first = log(tmp_path / "a_$run", [1.0, None, 0.5], '{"step": 4, "lo')
     second = log(tmp_path / "b", np.linspace(1, 0, 100).tolist())
-    steps, losses, _ = drawing._read_log(first)
-    np.testing.assert_array_equal(steps, [1, 2, 3])
-    np.testing.assert_array_equal(losses, [1, np.nan, 0.5])
-    drawing.save_curves([first, second / "log.jsonl"], tmp_path / "curves.png")
+    series = curves.read_log(first)
+    np.testing.assert_array_equal(series["step"], [1, 2, 3])
+    np.testing.assert_array_equal(series["loss"], [1, np.nan, 0.5])
+    curves.save_curves([first, second / "log.jsonl"], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_health_and_held_out_loss_are_drawn_over_the_points_of_an_expected_run(tmp_path):
+    def row(step):
+        health = {"variance": 0.5, "mean_square": 10.0 * step, "rank": 4.0}
+        row = {"step": step, "loss": 1 / step, "lr": 0.1, "grad_norm": 1.0, "health": health}
+        row["students"] = {"small": {"health": health}}
+        return row | ({"held_out_loss": 0.5} if step % 50 == 0 else {})
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.jsonl").write_text("".join(json.dumps(row(i)) + "\n" for i in range(1, 101)))
+    curves.save_expected(tmp_path / "run", tmp_path / "expected.json")
+    points = curves.read_expected(tmp_path / "expected.json")
+    np.testing.assert_array_equal(points["step"], range(10, 101, 10))
+    np.testing.assert_allclose(points["loss"][4], np.mean([1 / i for i in range(45, 56)]), rtol=1e-3)
+    np.testing.assert_array_equal(points["health/mean_square"], 10 * points["step"])
+    curves.save_curves([tmp_path / "run"], tmp_path / "curves.png", tmp_path / "expected.json")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    (tmp_path / "none.json").write_text('{"points": {"step": [1, 2], "loss": [1]}}')
+    with pytest.raises(ValueError, match=r"none\.json holds no expected run"):
+        curves.save_curves([tmp_path / "run"], tmp_path / "curves.png", tmp_path / "none.json")
 
 
 @given(
     st.lists(st.one_of(st.floats(-5, 5), st.just(float("nan"))), min_size=4, max_size=30), st.integers(2, 4)
 )
 def test_a_moving_mean_is_the_mean_of_the_known_neighbours(values, window):
-    found = drawing._moving_mean(np.array(values), window)
+    found = curves._moving_mean(np.array(values), window)
     for i, mean in enumerate(found):
         known = [value for value in values[i : i + window] if value == value]
         assert mean == pytest.approx(np.mean(known) if known else 0, abs=1e-9)
@@ -238,7 +259,7 @@ def test_a_moving_mean_is_the_mean_of_the_known_neighbours(values, window):
 def test_a_log_that_is_none_is_named(text, message, tmp_path):
     (tmp_path / "log.jsonl").write_text(text)
     with pytest.raises(ValueError, match=rf"log\.jsonl.* {message}"):
-        drawing.save_curves([tmp_path], io.BytesIO())
+        curves.save_curves([tmp_path], io.BytesIO())
     with pytest.raises(ValueError, match=rf"log\.jsonl.* {message}"):
         write_report(tmp_path, tmp_path / "report.html")
 

@@ -4,19 +4,17 @@ Letters: B images, H x W pixels, h x w and N patches, C class tokens, D width. P
 """
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from pixio.features.pca import pca_colors, similarity
 from pixio.files import write_atomic
-from pixio.images.figures import color_bar, figure, open_axes
+from pixio.images.figures import color_bar, figure
 from pixio.images.inference import ImageSource, Placement, Transform, read_image
 from pixio.images.normalization import denormalize, normalize, to_tensor
 from pixio.models.encoder import PixioViT
@@ -32,7 +30,6 @@ _PAGE = 7.0  # inches, width of a page of two columns
 _PANEL = (0.95, 1.7)  # inches, range of the width of a panel
 _BAR = 0.8  # inches beside the panels for a color bar and its labels
 _LETTER = 0.07  # inches, mean width in the names of rows
-_SMOOTHING = 50  # points of a curve that a moving mean covers, at most
 
 
 # ------------------------------------------------------------------------------------------ reconstruction
@@ -301,72 +298,3 @@ def _shorten(name: str, inches: float) -> str:
         return name
     end = (room - 1) // 2
     return f"{name[: room - 1 - end]}…{name[-end:]}"
-
-
-# -------------------------------------------------------------------------------------------------- curves
-def save_curves(logs: Sequence[str | Path], path: str | Path | BinaryIO) -> None:
-    """Draw loss and learning rate over the steps of one or several runs.
-
-    A long log is drawn pale, with its moving mean on top.
-
-    Args:
-        logs: `log.jsonl` files, or the folders they lie in.
-        path: picture to write; a file object receives a PNG.
-
-    Raises:
-        FileNotFoundError: no such log.
-        ValueError: a log without any step, or a line that is none.
-    """
-    runs = [(_name_of(Path(log)), _read_log(Path(log))) for log in logs]
-    with figure(path, 7, 2.7) as drawn:
-        loss, lr = drawn.subplots(1, 2, width_ratios=(2, 1))
-        for name, (steps, losses, rates) in runs:
-            window = min(_SMOOTHING, len(losses) // 10)
-            if window > 1:
-                (line,) = loss.plot(steps, losses, linewidth=0.6, alpha=0.3)
-                smooth = _moving_mean(steps, window), _moving_mean(losses, window)
-                loss.plot(*smooth, linewidth=1.3, color=line.get_color(), label=name)
-            else:
-                loss.plot(steps, losses, linewidth=1.3, label=name)
-            lr.plot(steps, rates, linewidth=1.3)
-        loss.set(xlabel="step", ylabel="loss")
-        lr.set(xlabel="step", ylabel="learning rate")
-        lr.ticklabel_format(axis="y", scilimits=(-2, 2))
-        open_axes(loss, lr)
-        for axis in (loss, lr):
-            axis.locator_params(axis="x", nbins=5)
-        if len(runs) > 1:
-            loss.legend()
-
-
-def _moving_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of each `window` neighbours, without those that are NaN."""
-    known, ones = np.isfinite(values), np.ones(window)
-    sums = np.convolve(np.where(known, values, 0), ones, "valid")
-    return sums / np.maximum(np.convolve(known, ones, "valid"), 1)
-
-
-def _log_file(log: Path) -> Path:
-    return log / "log.jsonl" if log.is_dir() else log
-
-
-def _name_of(log: Path) -> str:
-    """A log is called as its folder."""
-    return _log_file(log).resolve().parent.name
-
-
-def _read_log(log: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps, losses and learning rates of a log; null, a number that was not finite, becomes NaN."""
-    file = _log_file(log)
-    try:
-        text = file.read_text(encoding="utf-8")
-        # a run that was killed may have left its last line unfinished
-        rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-        steps, losses, lrs = (np.array([row[k] for row in rows], dtype=float) for k in ("step", "loss", "lr"))
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise ValueError(
-            f"{file} is no log of a run: expected step, loss and lr in each line ({error})"
-        ) from None
-    if not rows:
-        raise ValueError(f"{file} holds no steps yet")
-    return steps, losses, lrs

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import pixio
 from pixio.cli import drawing
+from pixio.cli.curves import save_curves
 from pixio.files import read_json, write_text
 from pixio.models.mae import PixioMAE
 from pixio.synthetic.scenes import render
@@ -64,7 +65,7 @@ def write_report(
     config = read_json(run / "config.json") if (run / "config.json").is_file() else {}
     evaluations = _find_results(run, [Path(folder) for folder in results])
     # before the summary, because it explains a log that is none
-    curves = _draw(lambda file: drawing.save_curves([run], file), "loss and learning rate over the steps")
+    curves = _draw(lambda file: save_curves([run], file), "loss, learning rate and health over the steps")
     parts = [
         f"<h1>{html.escape(run.name)}</h1>",
         f"<p class=note>{_summary(run / 'log.jsonl')}</p>",

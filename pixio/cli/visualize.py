@@ -144,20 +144,27 @@ class Reconstruct:
 
 @dataclass(frozen=True, kw_only=True)
 class Curves:
-    """Draw loss and learning rate of one or several runs."""
+    """Draw loss, learning rate and health of one or several runs."""
 
     example = "runs/first runs/second"
     logs: tuple[str, ...] = option(help="log.jsonl files or the folders they lie in", positional=True)
     output: Path = option(Path("curves.png"), "picture to write")
+    expect: Path | None = option(None, "JSON file with the points of an expected run, drawn on top")
+    save_expected: Path | None = option(None, "JSON file to write, for --expect, from the only run given")
 
     def __post_init__(self) -> None:
         check_new_file(self.output, PICTURES)
+        if self.save_expected and len(self.logs) > 1:
+            raise ValueError(f"--save_expected takes one run, found {len(self.logs)}")
 
     def run(self) -> None:
-        from pixio.cli import drawing
+        from pixio.cli import curves
 
-        drawing.save_curves(self.logs, self.output)
+        curves.save_curves(self.logs, self.output, self.expect)
         print(f"{len(self.logs)} runs -> {self.output}")
+        if self.save_expected:
+            curves.save_expected(self.logs[0], self.save_expected)
+            print(f"{self.logs[0]} -> {self.save_expected}")
 
 
 @dataclass(frozen=True, kw_only=True)
