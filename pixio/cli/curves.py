@@ -148,7 +148,7 @@ def _around(steps: np.ndarray, values: np.ndarray, at: float, reach: float) -> f
 
 def read_expected(path: str | Path) -> Series:
     """The points in a file of `save_expected`."""
-    content = read_json(path)
+    content = read_json(Path(path))
     try:
         points = {name: np.array(values, dtype=float) for name, values in content["points"].items()}
         if "loss" not in points or {len(values) for values in points.values()} != {len(points["step"])}:
@@ -168,8 +168,8 @@ def read_log(log: Path) -> Series:
         rows = [_flatten(json.loads(line)) for line in text[: text.rfind("\n") + 1].splitlines()]
         required = {key: [row[key] for row in rows] for key in ("step", "loss", "lr")}
         names = dict.fromkeys(name for row in rows for name in row)
-        series = {name: [row.get(name) for row in rows] for name in names} | required
-        series = {name: np.array(values, dtype=float) for name, values in series.items()}
+        columns = {name: [row.get(name) for row in rows] for name in names} | required
+        series = {name: np.array(values, dtype=float) for name, values in columns.items()}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"{file} is no log of a run: expected step, loss and lr in each line ({error})"

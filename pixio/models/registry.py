@@ -19,11 +19,11 @@ _HEADS: dict[tuple[int, int], int] = {}  # (width, blocks) -> heads
 _MAE_OPTIONS = ("mask_grid", "norm_pix_loss")
 
 
-def encoder_builder(name: str, width: int, blocks: int, heads: int) -> Callable[..., PixioViT]:
-    """Register an encoder; returns the function that builds it."""
+def encoder_builder(name: str, width: int, blocks: int, heads: int, **sizes: int) -> Callable[..., PixioViT]:
+    """Register an encoder, with other `sizes` than the released ones' where given; returns its builder."""
 
     def build(pretrained: str | Path | None = None, **options: Any) -> PixioViT:
-        options = {"embed_dim": width, "depth": blocks, "num_heads": heads} | options
+        options = {"embed_dim": width, "depth": blocks, "num_heads": heads} | sizes | options
         if pretrained is None:
             return PixioViT(**options)
         state, named_heads = reading.read_encoder(pretrained)
