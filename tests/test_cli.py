@@ -229,7 +229,7 @@ except SystemExit:
         ),
         ("curves nowhere", "here0/nowhere: No such file"),
         ("report nowhere", "here0/nowhere is no run"),
-        ("plan pixio_vitpico16 --gpu_memory 0", "--gpu_memory must be a positive number, found 0"),
+        ("plan pixio_vitpico16 --gpu_memory 0", "--gpu_memory must be a positive number or none, found 0"),
         ("scenes cifar data", "layout must be one of imagenet-tars"),
     ],
 )

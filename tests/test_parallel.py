@@ -1,15 +1,18 @@
 """Copies, shards, or one process: the same losses, and checkpoints that any of them resumes from."""
 
 import os
+import re
 import warnings
 import weakref
 from pathlib import Path
 
+import main_distill
+import main_pretrain
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from helpers import ALONE
+from helpers import ALONE, echoing_programs, flags_of_script
 from safetensors.torch import load_file
 from students import Batch, Objective, Student, StudentTrainer
 from teachers import teacher_tokens
@@ -19,8 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pixio
+from pixio.cli.main import main
 from pixio.cli.plan import describe, make_plan
 from pixio.engine.checkpoint import Checkpoints, materialize, read_checkpoint, restore
+from pixio.engine.config import parse
 from pixio.engine.optim import make_adamw
 from pixio.engine.parallel import make_mesh, shard
 from pixio.engine.ranks import Ranks
@@ -342,6 +347,43 @@ def test_the_plan_of_the_published_5b_run_needs_shards():
     assert "90% of 80 GiB: take --parallel hybrid" in text
     fits = [line.endswith("fits") for line in text.splitlines()[2:-1]]
     assert fits == [False, False, True, True, True, True]
+
+
+def test_masked_students_and_their_teacher_are_counted_together():
+    """Teacher: whole images, forward only. Students: 128 of 256 patches, and take turns with activations."""
+    names = ("pixio_vitti16", "pixio_vitpico16")
+    plan = make_plan(names, gpus=1, batch=2, mask_ratio=0.5, teacher="pixio_vits16")
+    ti, pico = (make_plan(name, gpus=1, batch=2, mask_ratio=0.5) for name in names)
+    teacher = make_plan("pixio_vits16", gpus=1, batch=2)
+    assert plan.step_flops == 3 * (ti.forward_flops + pico.forward_flops) + teacher.forward_flops
+    assert 0.45 < ti.forward_flops / make_plan("pixio_vitti16", gpus=1, batch=2).forward_flops < 0.55
+    whole, first, second = plan.settings[0], ti.settings[0], pico.settings[0]
+    assert whole.weights == first.weights + second.weights + teacher.settings[0].weights // 2
+    assert whole.activations == first.activations
+
+
+SCRIPTS = sorted(path for path in ROOT.glob("*/scripts/*.sh") if not path.stem.endswith("_cpu"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_the_hours_in_the_header_of_a_script_are_those_of_the_plan(script, tmp_path, capsys):
+    data = {"IMAGENET_TARS": "/tars", "WEB_TARS": "/web", "WEB_STATS": "/stats", "TEACHER": "/teacher.pth"}
+    flags, launcher = flags_of_script(script, echoing_programs(tmp_path, **data))
+    header = r"#   hours      about ([\d.]+) hours on (\w+) \(computed by pixio plan at 40 % MFU\)"
+    stated, card = re.search(header, script.read_text()).groups()
+    words = ["--card", card, "--gpus", int(launcher.get("nodes", 1)) * int(launcher.get("ngpus", 1))]
+    if "distill" in script.stem:
+        config = parse(main_distill.DistillConfig, flags)
+        (mask_ratio,) = config.mask_ratio
+        words += [*config.student_models, "--teacher", config.teacher_model]
+    else:
+        config = parse(main_pretrain.PretrainConfig, flags)
+        mask_ratio = config.mask_ratio
+        words.append(config.model)
+    words += ["--mask_ratio", mask_ratio, "--batch", config.batch_size, "--accum_iter", config.accum_iter]
+    main(["plan", *map(str, words), "--steps", str(config.total_steps)])
+    hours = re.search(r"at 40% MFU .* the run takes ([\d.,]+) hours", capsys.readouterr().out)[1]
+    assert float(stated) == pytest.approx(float(hours.replace(",", "")), rel=0.05)
 
 
 @pytest.mark.parametrize(

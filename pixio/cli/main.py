@@ -84,22 +84,40 @@ class Convert:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Estimate what training a model needs: memory for each way of sharding it, and FLOPs."""
+    """Estimate what training needs: memory for each way of sharding, FLOPs, seconds per step, GPU-hours.
 
-    example = "pixio_vit5b16_enc3072x48h32_dec512x32h16 --gpus 256 --gpu_memory 80 --batch 64"
-    model: str = option(help="pre-training model or encoder, see `pixio info`", positional=True)
+    Of several models, the students of a distillation, it is what they need side by side.
+    """
+
+    example = "pixio_vit5b16_enc3072x48h32_dec512x32h16 --gpus 256 --batch 64 --steps 1284000"
+    models: tuple[str, ...] = option(
+        help="pre-training model, or encoders: the students of --teacher, see `pixio info`", positional=True
+    )
+    teacher: str | None = option(None, "encoder that the models are distilled from")
     gpus: int = option(1, "GPUs, each with its own process", ge=1)
     gpus_per_node: int = option(8, "of them in each node", ge=1)
-    gpu_memory: float = option(help="of each GPU, in GiB", gt=0)
+    card: str = option("h100", "kind of GPU: {choices}", choices="pixio.cli.plan:CARDS")
+    gpu_memory: float | None = option(None, "of each GPU, in GiB; by default the card's", gt=0)
     batch: int = option(64, "images per GPU and forward pass", ge=1)
+    accum_iter: int = option(1, "forward passes per step", ge=1)
+    steps: int | None = option(None, "optimizer steps of the run, for its hours", ge=1)
+    mfu: float = option(0.4, "share of the card's arithmetic in bf16 that the model gets", gt=0, le=1)
     dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", "what autocast computes in")
-    mask_ratio: float = option(0.75, "share of masked cells", ge=0, lt=1)
+    mask_ratio: float | None = option(
+        None, "share of masked cells; by default 0.75 of pre-training models, else 0", ge=0, lt=1
+    )
 
     def run(self) -> None:
-        from pixio.cli.plan import describe, make_plan
+        from pixio.cli.plan import CARDS, cost_of, describe, describe_cost, make_plan
 
-        plan = make_plan(self.model, self.gpus, self.batch, self.dtype, self.mask_ratio, self.gpus_per_node)
-        print(describe(plan, self.gpu_memory))
+        where = (self.gpus, self.batch)
+        plan = make_plan(
+            self.models, *where, self.dtype, self.mask_ratio, self.gpus_per_node, teacher=self.teacher
+        )
+        print(describe(plan, self.gpu_memory or CARDS[self.card][0]))
+        if self.dtype != "fp32":
+            cost = cost_of(plan, self.card, self.mfu, *where, self.accum_iter, self.steps)
+            print(describe_cost(cost, self.card, self.mfu, self.gpus))
 
 
 @dataclass(frozen=True, kw_only=True)

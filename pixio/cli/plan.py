@@ -1,12 +1,13 @@
-"""What a training step needs: memory on each GPU for every way of dividing a model, and arithmetic per image.
+"""What training needs: memory on each GPU for every way of dividing models, arithmetic per image, GPU-hours.
 
 No formula could drift away from the model: the model itself runs on fake tensors, which have shapes and no
 content, while what it would keep for the backward pass and what it computes is counted. Not counted: what an
 allocator wastes, and the few gradients of activations that live at once.
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,10 +19,22 @@ from torch.utils.hooks import RemovableHandle
 
 from pixio.engine.parallel import blocks_of
 from pixio.engine.runtime import DTYPES, GIB
+from pixio.models.encoder import PixioViT
 from pixio.models.mae import PixioMAE
+from pixio.models.masking import count_kept
 from pixio.models.registry import create_model
 
 USABLE = 0.9  # share of a GPU's memory that is planned with
+# Memory in GiB, and 10^12 operations per second on dense matrices in bf16 (data sheets of NVIDIA).
+CARDS = {
+    "a100": (80, 312),
+    "h100": (80, 989),
+    "h200": (140, 989),
+    "b200": (179, 2250),
+    "l40s": (45, 362),
+    "rtx3090": (24, 71),
+    "rtx4090": (24, 165),
+}
 
 
 @dataclass(frozen=True)
@@ -53,14 +66,21 @@ class Plan:
     """Settings from the fastest to the smallest, and the arithmetic of one image.
 
     Attributes:
-        parameters: number of them.
+        parameters: number of them that are trained.
         forward_flops: operations of a forward pass, per image; a multiplication and an addition are two.
+        teacher_flops: those of a teacher, beside them.
         settings: to choose from.
     """
 
     parameters: int
     forward_flops: int
+    teacher_flops: int
     settings: list[Setting]
+
+    @property
+    def step_flops(self) -> int:
+        """Operations of a step, per image; a backward pass takes twice those of its forward pass."""
+        return 3 * self.forward_flops + self.teacher_flops
 
 
 @dataclass
@@ -76,23 +96,40 @@ class _Traced:
     flops: int
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a run takes at a stated share of a card's arithmetic.
+
+    Attributes:
+        seconds: of a step.
+        images_per_second: of all GPUs.
+        hours: of the run; times the GPUs, what is paid for. None where its length is not known.
+    """
+
+    seconds: float
+    images_per_second: float
+    hours: float | None
+
+
 def make_plan(
-    model: str,
+    models: str | Sequence[str],
     gpus: int,
     batch: int,
     dtype: str = "bf16",
-    mask_ratio: float = 0.75,
+    mask_ratio: float | None = None,
     gpus_per_node: int = 8,
+    teacher: str | None = None,
 ) -> Plan:
-    """Plan the training of `model` on images of its native size.
+    """Plan the training of a model, or of several students side by side, on images of their native size.
 
     Args:
-        model: any name of `pixio.list_models`: a pre-training model with masks, or an encoder without.
+        models: any names of `pixio.list_models`: pre-training models, or encoders.
         gpus: number of GPUs, each with its own process.
         batch: images per GPU and forward pass.
         dtype: what autocast computes in, "bf16", "fp16" or "fp32".
-        mask_ratio: share of masked cells in pre-training.
+        mask_ratio: share of masked cells (of 4 x 4 patches); by default 0.75 of a pre-training model, else 0.
         gpus_per_node: of a machine, which --parallel hybrid divides the model over.
+        teacher: encoder of a distillation, frozen, held in `dtype`; it sees whole images.
 
     Raises:
         ValueError: unknown model or dtype, or a number that is not positive.
@@ -102,7 +139,49 @@ def make_plan(
             raise ValueError(f"--{name} must be at least 1, found {value}")
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: choose {', '.join(DTYPES)}")
-    computed = DTYPES[dtype]
+    models = (models,) if isinstance(models, str) else models
+    plans = [_plan_one(model, gpus, batch, DTYPES[dtype], mask_ratio, gpus_per_node) for model in models]
+    taught = _plan_one(teacher, gpus, batch, DTYPES[dtype], 0.0, gpus_per_node) if teacher else None
+    settings = []
+    for position, same in enumerate(zip(*(plan.settings for plan in plans), strict=True)):
+        held = [sum(getattr(s, part) for s in same) for part in ("weights", "gradients", "optimizer")]
+        if taught:
+            held[0] += taught.settings[position].weights * DTYPES[dtype].itemsize // 4
+        # Students take turns: only one has activations.
+        most = [max(getattr(s, part) for s in same) for part in ("activations", "working")]
+        settings.append(Setting(same[0].flags, *held, *most))
+    return Plan(
+        sum(plan.parameters for plan in plans),
+        sum(plan.forward_flops for plan in plans),
+        taught.forward_flops if taught else 0,
+        settings,
+    )
+
+
+def cost_of(
+    plan: Plan, card: str, mfu: float, gpus: int, batch: int, accum: int = 1, steps: int | None = None
+) -> Cost:
+    """What the run of a plan takes.
+
+    Args:
+        plan: of these `gpus` and `batch`, in half precision.
+        card: one of `CARDS`.
+        mfu: share of the card's arithmetic that the model gets (model FLOPs utilization, of PaLM), in (0, 1].
+        gpus: number of GPUs.
+        batch: images per GPU and forward pass.
+        accum: forward passes per step.
+        steps: of the run.
+    """
+    images = batch * accum
+    seconds = images * plan.step_flops / (1e12 * CARDS[card][1] * mfu)
+    return Cost(seconds, gpus * images / seconds, steps and steps * seconds / 3600)
+
+
+@functools.cache
+def _plan_one(
+    model: str, gpus: int, batch: int, dtype: torch.dtype, mask_ratio: float | None, gpus_per_node: int
+) -> Plan:
+    """The plan of one model, trained."""
     with torch.device("meta"):
         network = create_model(model).train()
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
@@ -110,16 +189,16 @@ def make_plan(
         state = {name: torch.empty(shape) for name, shape in shapes.items()}
     network.load_state_dict(state, assign=True)
     with fake:
-        traced = trace(network, batch, computed, mask_ratio)
+        traced = trace(network, batch, dtype, mask_ratio)
     whole = 4 * sum(parameter.numel() for parameter in network.parameters())
 
-    copies = weight_copies(network, computed)
+    copies = weight_copies(network, dtype)
     saved, inputs = zip(*traced.per_block, strict=True)
     recomputed = traced.saved - sum(saved) + sum(inputs) + max(saved)
 
     # Two blocks are whole at once, the next being fetched; one has whole gradients, which leave in float32.
     blocks = [sum(p.numel() for p in block.parameters()) for block in blocks_of(network)]
-    gathered = whole - 4 * sum(blocks) + max(blocks) * (3 * computed.itemsize + 4)
+    gathered = whole - 4 * sum(blocks) + max(blocks) * (3 * dtype.itemsize + 4)
 
     held = [("ddp", whole, copies)]
     for parallel, ranks in (("hybrid", gpus_per_node), ("fsdp", gpus)):
@@ -131,7 +210,7 @@ def make_plan(
         for parallel, each, working in held
         for flag, activations in (("", traced.saved), (" --grad_checkpointing", recomputed))
     ]
-    return Plan(whole // 4, traced.flops // batch, settings)
+    return Plan(whole // 4, traced.flops // batch, 0, settings)
 
 
 def shard_sizes(model: nn.Module, ranks: int) -> list[int]:
@@ -148,8 +227,8 @@ def weight_copies(module: nn.Module, dtype: torch.dtype) -> int:
     return sum(dtype.itemsize * layer.weight.numel() for layer in layers)
 
 
-def trace(model: nn.Module, batch: int, dtype: torch.dtype, mask_ratio: float = 0.75) -> _Traced:
-    """Run `model` forward once, on random images; in a fake mode nothing is computed."""
+def trace(model: nn.Module, batch: int, dtype: torch.dtype, mask_ratio: float | None = None) -> _Traced:
+    """Run `model` forward once, on random images; in a fake mode nothing is computed. See `make_plan`."""
     mae = isinstance(model, PixioMAE)
     encoder = model.encoder if mae else model
     images = torch.rand(batch, encoder.in_chans, *encoder.img_size)
@@ -161,12 +240,23 @@ def trace(model: nn.Module, batch: int, dtype: torch.dtype, mask_ratio: float = 
     with FlopCounterMode(display=False, custom_mapping=counts) as flops, _saved_bytes(weights) as saved:
         handles = [hook for block in blocks_of(model) for hook in _watch(block, saved, per_block, dtype)]
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-            output = model(images, mask_ratio) if mae else model(images, block_ids=[-1])
+            if mae:
+                output = model(images, 0.75 if mask_ratio is None else mask_ratio)
+            else:
+                output = model(images, block_ids=[-1], ids_keep=_visible(encoder, batch, mask_ratio))
         total = saved() - weight_copies(model, dtype)
         del output
     for handle in handles:
         handle.remove()
     return _Traced(total, per_block, flops.get_total_flops())
+
+
+def _visible(encoder: PixioViT, batch: int, mask_ratio: float | None) -> Tensor | None:
+    """As many patches as masks of cells of 4 x 4 leave, [B, V]."""
+    if not mask_ratio:
+        return None
+    cells = math.prod(encoder.grid) // 16
+    return torch.zeros(batch, 16 * count_kept(cells, mask_ratio), dtype=torch.int64)
 
 
 @contextmanager
@@ -208,9 +298,11 @@ def describe(plan: Plan, gpu_memory: float) -> str:
     """
     if gpu_memory <= 0:
         raise ValueError(f"--gpu_memory must be positive, found {gpu_memory}")
+    teacher = f", {plan.teacher_flops / 1e9:,.1f} of them the teacher's" if plan.teacher_flops else ""
     lines = [
         f"{plan.parameters:,} parameters; {plan.forward_flops / 1e9:,.1f} GFLOP per image forward, "
-        f"{3 * plan.forward_flops / 1e9:,.1f} with the backward pass (4/3 of it with --grad_checkpointing)",
+        f"{plan.step_flops / 1e9:,.1f} with the backward pass{teacher} (a third more with "
+        "--grad_checkpointing)",
         f"{'GiB on the GPU that needs most':<38}{'weights':>9}{'gradients':>11}{'optimizer':>11}"
         f"{'activations':>13}{'working':>9}{'total':>8}",
     ]
@@ -227,3 +319,14 @@ def describe(plan: Plan, gpu_memory: float) -> str:
     )
     lines.append(f"{USABLE:.0%} of {gpu_memory:g} GiB: {advice}")
     return "\n".join(lines)
+
+
+def describe_cost(cost: Cost, card: str, mfu: float, gpus: int) -> str:
+    """One line: time of a step, images per second, and hours where the run's length is known."""
+    text = (
+        f"at {mfu:.0%} MFU on {gpus} x {card}: {cost.seconds:.3g} s per step, "
+        f"{cost.images_per_second:,.0f} images/s"
+    )
+    if cost.hours is not None:
+        text += f"; the run takes {cost.hours:,.3g} hours, {gpus * cost.hours:,.0f} GPU-hours"
+    return text
