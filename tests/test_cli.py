@@ -354,3 +354,25 @@ def test_plan_tells_what_fits(capsys):
 def test_scenes_are_written_in_a_layout(here, capsys):
     main(shlex.split("scenes pascal tree --train 1 --val 1 --size 16"))
     assert len(list((here / "tree").rglob("*.jpg"))) == 2
+
+
+def test_doctor_names_what_is_there_and_what_is_missing(tmp_path, capsys, monkeypatch):
+    from importlib import metadata
+
+    installed = metadata.version
+
+    def version(name):
+        if name == "submitit":
+            raise metadata.PackageNotFoundError(name)
+        return "0.1" if name == "safetensors" else installed(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    main(["doctor", "--folder", str(tmp_path)])
+    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert said["pixio"].startswith(pixio.__version__)
+    assert said["torch"] == torch.__version__
+    assert re.fullmatch(r"safetensors 0.1 is older than [\d.]+: pip install 'pixio\[cli\]'", said["[cli]"])
+    assert "submitit is missing" in said["[train]"]
+    assert said["JPEG"].startswith("simplejpeg")
+    assert re.search(r"\d MiB/s written to .*, \d.* GiB free", said["disk"])
+    assert not list(tmp_path.iterdir())

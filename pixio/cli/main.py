@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pixio.cli import visualize
+from pixio.cli.doctor import Doctor
 from pixio.cli.features import Features
 from pixio.cli.predict import Predict
 from pixio.engine.config import option, parse_command
@@ -151,6 +152,7 @@ COMMANDS = {
     **visualize.COMMANDS,
     "plan": Plan,
     "scenes": Scenes,
+    "doctor": Doctor,
 }
 
 

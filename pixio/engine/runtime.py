@@ -260,3 +260,25 @@ def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def _cpu_computes_bf16() -> bool:
     """Whether matrix products have bf16 instructions here; torch emulates them in a loop otherwise."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def describe_devices() -> list[str]:
+    """What this node computes on, one line for each GPU, or one for the CPU."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    lines = []
+    for index in range(gpus):
+        found = torch.cuda.get_device_properties(index)
+        bf16 = (
+            "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16: use --dtype fp16"
+        )
+        lines.append(f"cuda:{index}: {found.name}, {found.total_memory / GIB:.0f} GiB, {bf16}")
+    if torch.backends.mps.is_available():
+        lines.append("mps")
+    bf16 = "bf16" if _cpu_computes_bf16() else "no bf16 arithmetic: computes in float32"
+    cpu = f"cpu: {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, {bf16}"
+    built = (
+        f"torch is built for CUDA {torch.version.cuda}"
+        if torch.version.cuda
+        else "torch is built without CUDA"
+    )
+    return lines or [f"{cpu}; no GPU ({built})"]
