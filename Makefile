@@ -1,5 +1,5 @@
 # make demo   set up, pre-train a small Pixio on rendered scenes, and measure what it learnt (CPU or GPU)
-# make test   set up and run all tests          make lint   set up and check style and types
+# make test   set up and run all tests          make lint   set up and check style, types, links
 # PYTHON=python3.12 make ... chooses the interpreter the environment is made with.
 
 PYTHON ?= python3
@@ -16,6 +16,7 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_docs.py
 
 .venv/installed: requirements.txt setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
