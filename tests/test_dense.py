@@ -160,12 +160,15 @@ def test_batchnorm_of_one_rank_is_torchs_batchnorm(ranks):
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
 
 
-def test_a_linear_head_passes_gradients_on_unless_ranks_share_statistics():
-    features = torch.randn(2, 6, 4, 4, requires_grad=True)
-    LinearHead(6, 3)([features], (8, 8)).square().mean().backward()
-    assert features.grad.abs().max() > 0
-    with pytest.raises(ValueError, match="pass no gradient on: freeze the encoder"):
-        LinearHead(6, 3, ALONE)([features], (8, 8))
+def test_shared_statistics_pass_the_gradient_of_torchs_batchnorm_on():
+    torch.manual_seed(0)
+    x = (3 + 2 * torch.randn(4, 6, 5, 7)).requires_grad_()
+    weights, found = torch.randn(4, 6, 5, 7), []
+    for norm in (SyncedBatchNorm2d(6, ALONE), nn.BatchNorm2d(6)):
+        (norm(x) * weights).sum().backward()
+        found.append([x.grad.clone(), norm.weight.grad, norm.bias.grad, norm.running_var])
+        x.grad = None
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
 def test_an_unknown_head_names_the_choices():

@@ -17,6 +17,7 @@ import launch
 import numpy as np
 import pytest
 import torch
+import training_loop
 import yaml
 from dense import probe, training
 from dense.data import StepSampler, open_split
@@ -39,6 +40,7 @@ from pixio.synthetic.scenes import render
 from pixio.synthetic.trees import write_tree
 
 EVALUATION = Path(eval_semseg.__file__).parent
+TUNED = ("--train_blocks", "2", "--encoder_lr", "1e-3", "--epochs", "1")
 TINY = """
     --encoder pixio_vitpico16 --device cpu --dtype fp32 --num_workers 0 --crop_size 32 --save_minutes 0
     --epochs 2 --batch_size 1 --batches_per_step 2 --lr 1e-2 --panels 2
@@ -157,10 +159,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(segmented, trees, tmp_path, m
             raise Killed
         return accumulate(*arguments)
 
-    accumulate = training.accumulate
+    accumulate = training_loop.accumulate
     with monkeypatch.context() as patch:
-        patch.setattr(training, "accumulate", dying)
-        patch.setattr(training.Interval, "due", lambda self, step: True)  # a checkpoint after every step
+        patch.setattr(training_loop, "accumulate", dying)
+        patch.setattr(training_loop.Interval, "due", lambda self, step: True)  # a checkpoint after every step
         with pytest.raises(Killed):
             eval_semseg.main(segmentation(trees, tmp_path))
     resumed = eval_semseg.main(segmentation(trees, tmp_path))
@@ -172,7 +174,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(segmented, trees, tmp_path, m
 @pytest.mark.parametrize(
     ("number", "module", "function", "call", "step", "evaluated"),
     [
-        (signal.SIGUSR2, training, "accumulate", 1, 1, []),  # in the first step
+        (signal.SIGUSR2, training_loop, "accumulate", 1, 1, []),  # in the first step
         (signal.SIGTERM, Predictor, "predict", 2, 2, []),  # between the images of the first evaluation
         (signal.SIGTERM, Predictor, "predict", 5, 4, [1]),  # of the last one
     ],
@@ -202,13 +204,13 @@ def test_a_signal_saves_what_is_done_and_the_same_command_goes_on(
 
 @pytest.mark.slow
 def test_a_second_ctrl_c_ends_a_step_at_once(trees, tmp_path):
-    status, said = interrupt_twice("eval_semseg", "dense.training", segmentation(trees, tmp_path))
+    status, said = interrupt_twice("eval_semseg", "training_loop", segmentation(trees, tmp_path))
     assert status == -signal.SIGINT
     assert "Ctrl-C again exits at once" in said
 
 
 def test_a_finished_run_is_not_trained_again(segmented, trees, monkeypatch):
-    monkeypatch.setattr(training, "accumulate", None)
+    monkeypatch.setattr(training_loop, "accumulate", None)
     assert metrics_of(eval_semseg.main(segmentation(trees, segmented[1]))) == metrics_of(segmented[0])
 
 
@@ -227,7 +229,7 @@ def test_a_run_of_before_an_option_existed_is_resumed(segmented, trees, monkeypa
         return state
 
     monkeypatch.setattr(Checkpoints, "load_latest", load_old)
-    monkeypatch.setattr(training, "accumulate", None)
+    monkeypatch.setattr(training_loop, "accumulate", None)
     assert metrics_of(eval_semseg.main(segmentation(trees, segmented[1]))) == metrics_of(segmented[0])
 
 
@@ -249,7 +251,8 @@ import os, sys
 import torch
 torch.set_num_threads(1)
 import eval_monodepth, eval_semseg
-for program, port, command in zip((eval_semseg, eval_monodepth), sys.argv[1:3], sys.argv[3:], strict=True):
+programs = eval_semseg, eval_monodepth, eval_semseg
+for program, port, command in zip(programs, sys.argv[1:4], sys.argv[4:], strict=True):
     os.environ["MASTER_PORT"] = port
     program.main(command.split())
 """
@@ -257,10 +260,15 @@ for program, port, command in zip((eval_semseg, eval_monodepth), sys.argv[1:3], 
 
 @pytest.fixture(scope="module")
 def on_two_ranks(trees, tmp_path_factory) -> Path:
-    """Both programs on two real ranks, with synchronised BatchNorm; their folders are `masks` and `depth`."""
+    """Programs on two real ranks, with synchronised BatchNorm; their folders: `masks`, `depth`, `tuned`."""
     folder = tmp_path_factory.mktemp("ranks")
-    commands = " ".join(segmentation(trees, folder / "masks")), " ".join(depth(trees, folder / "depth"))
-    arguments = [sys.executable, "-c", TWO_RANKS, str(free_port()), str(free_port()), *commands]
+    commands = (
+        segmentation(trees, folder / "masks"),
+        depth(trees, folder / "depth"),
+        segmentation(trees, folder / "tuned", *TUNED),
+    )
+    ports = [str(free_port()) for _ in commands]
+    arguments = [sys.executable, "-c", TWO_RANKS, *ports, *map(" ".join, commands)]
     path = os.pathsep.join([str(EVALUATION), str(EVALUATION.parent)])
     shared = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "PYTHONPATH": path}
     ranks = [
@@ -288,6 +296,17 @@ def test_two_ranks_train_and_score_depth_like_one(trees, on_two_ranks, tmp_path)
     one = eval_monodepth.main(depth(trees, tmp_path))
     assert [row["images"] for row in metrics_of(two)] == [3, 3]  # an odd number: nothing is counted twice
     assert_alike(two, one, rel=1e-4, abs=1e-6)
+
+
+def test_two_ranks_train_an_encoder_like_one(trees, on_two_ranks, tmp_path):
+    eval_semseg.main(segmentation(trees, tmp_path, *TUNED))
+    for name in ("encoder.pth", "head.pth"):
+        one, two = (torch.load(folder / name) for folder in (tmp_path, on_two_ranks / "tuned"))
+        one, two = (found.get("state", found) for found in (one, two))
+        # not the largest: Adam's first steps are as long for rounding noise as for any other gradient
+        assert max((two[key] - one[key]).abs().float().mean().item() for key in one) < 1e-5
+    norms = [read_log(run)[0]["grad_norm"] for run in (tmp_path, on_two_ranks / "tuned")]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
 
 
 def test_batches_that_the_ranks_cannot_share_are_refused(trees, tmp_path):
@@ -345,7 +364,7 @@ def test_a_loss_that_is_not_finite_names_the_images(trees, tmp_path, monkeypatch
     def diverging(*_):
         raise NonFiniteLoss([float("nan")], 0.0)
 
-    monkeypatch.setattr(training, "accumulate", diverging)
+    monkeypatch.setattr(training_loop, "accumulate", diverging)
     with pytest.raises(SystemExit, match=r"the loss is not finite .* had read .*own/train/images/\d\.png"):
         eval_monodepth.main(depth(trees, tmp_path))
 
@@ -367,7 +386,7 @@ def test_targets_that_teach_nothing_end_the_run_before_it_starts(trees, tmp_path
             np.save(file, np.load(file) * 1000)
         else:
             Image.fromarray(np.full((48, 56), 50_000, np.uint16)).save(file)
-    monkeypatch.setattr(training, "accumulate", None)
+    monkeypatch.setattr(training_loop, "accumulate", None)
     with pytest.raises(SystemExit, match=rf"no pixel of \d depth files counts: .*own/{split}/depth/"):
         eval_monodepth.main(depth(tmp_path, tmp_path / "run"))
 

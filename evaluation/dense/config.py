@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from launch import EvaluationConfig
+from training_loop import TrainingConfig
 
 from pixio.dense import KINDS
 from pixio.engine.config import option
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseConfig(EvaluationConfig):
+class DenseConfig(TrainingConfig):
     """Settings of depth and segmentation alike; the published ones are the YAML files."""
 
     encoder: str = option("pixio_vith16", "pixio_…, timm/NAME or hf/FOLDER", aliases=("model",))
@@ -23,34 +23,20 @@ class DenseConfig(EvaluationConfig):
     val_split_file: str | None = option(None, "the same for validation")
     expect_count: bool = option(False, "another number of images than published is an error, not a warning")
     apply_exif: bool = option(False, "turn images as EXIF says, for targets made on upright ones")
-    num_workers: int = option(4, "loading processes per rank", ge=0)
     # head
     head: str = option("dpt", "linear, dpt, or the file of a trained head for --eval_only")
     eval_only: bool = option(False, "train nothing: evaluate --head FILE")
-    epochs: int = option(60, "passes over the training images", ge=1)
-    batch_size: int = option(4, "crops that share one loss: those of one GPU in the published recipes", ge=1)
-    batches_per_step: int = option(
-        8, "such batches per optimizer step, shared among the ranks: published are 8 GPUs with one each", ge=1
-    )
-    lr: float = option(1e-4, "peak learning rate, for any number of ranks", gt=0)
-    weight_decay: float = option(0.01, "AdamW decay", ge=0)
     crop_size: int = option(
         256, "side of crops and windows, lowered to a multiple of the patch size; pixels", ge=1
     )
-    seed: int = option(0, "of the head's first weights, the order of the images and their crops", ge=0)
     # evaluation
     window_batch: int = option(
         16, "windows that go through the network together; changes nothing but speed", ge=1
     )
-    eval_freq: int = option(1, "epochs between evaluations; the last epoch always ends with one", ge=1)
     panels: int = option(4, "validation images in panels.png; 0 = no picture", ge=0)
-    # run
-    save_minutes: float = option(
-        10.0, "minutes between checkpoints within an epoch; 0 = at its end only", ge=0
-    )
-    log_freq: int = option(20, "steps between log lines", ge=1)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.eval_only and self.head in KINDS:
             raise ValueError(f"--eval_only needs the file of a trained head, found --head {self.head}")
         if not self.eval_only and self.head not in KINDS:

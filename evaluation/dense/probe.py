@@ -13,12 +13,16 @@ import torch
 from dense.config import DenseConfig
 from dense.data import DataSource, PairDataset, open_split
 from torch import Tensor, nn
+from training_loop import check_same
+from tuning import export_encoder, load_trainable
 
 from pixio.dense import (
+    FeatureMaps,
     FrozenEncoder,
     HeadFile,
     Output,
     Predictor,
+    TunedEncoder,
     head_blocks,
     make_head,
     read_head,
@@ -26,7 +30,7 @@ from pixio.dense import (
 )
 from pixio.engine.runtime import Runtime
 from pixio.images.panels import Maps
-from pixio.models.external import depth_of, fingerprint, load_encoder
+from pixio.models.external import depth_of, fingerprint
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Probe:
-    """A frozen encoder with a head on it, and the images both are evaluated on.
+    """An encoder, frozen unless asked otherwise, with a head on it, and the images both are evaluated on.
 
     Attributes:
+        frozen: the encoder.
         window: side S and stride of the windows, in pixels.
         identity: what a trained head is bound to.
         epoch: passes over the data the head was trained for when it was loaded; 0 for a fresh one.
@@ -71,7 +76,7 @@ class Probe:
     config: DenseConfig
     task: Task
     runtime: Runtime
-    frozen: FrozenEncoder
+    frozen: FeatureMaps
     head: nn.Module
     window: tuple[int, int]
     identity: dict[str, Any]
@@ -80,27 +85,46 @@ class Probe:
     output: Path
 
     @property
+    def learner(self) -> nn.Module:
+        """What is trained: the head, or the encoder with it."""
+        return _Tuned(self.frozen, self.head) if self.config.tunes else self.head
+
+    @property
     def predictor(self) -> Predictor:
         """What predicts for the validation images."""
         parts = self.frozen, self.head, self.task.output, self.window, self.runtime
         return Predictor(*parts, self.config.window_batch)
 
-    @property
-    def head_file(self) -> HeadFile:
-        """The head once it is trained, and all that is needed to predict with it."""
+    def export(self) -> None:
+        """Write the head, and all that is needed to predict with it: a trained encoder goes beside it."""
+        encoder, identity = self.frozen.encoder, self.identity
         source = self.config.pretrained_ckp or None
+        if self.config.tunes:
+            source = str(self.output / "encoder.pth")
+            identity = identity | {"encoder_sha256": export_encoder(encoder, Path(source))}
         local = source is not None and Path(source).exists()
-        return HeadFile(
-            identity=self.identity,
+        HeadFile(
+            identity=identity,
             state=self.head.state_dict(),
             epoch=self.config.epochs,
             output=self.task.output,
             encoder=self.config.encoder,
             pretrained=str(Path(source).absolute()) if local else source,
             block_ids=tuple(self.frozen.block_ids),
-            patch_size=self.frozen.encoder.patch_size,
+            patch_size=encoder.patch_size,
             window=self.window,
-        )
+        ).write(self.output / "head.pth")
+
+
+class _Tuned(nn.Module):
+    """An encoder that learns, with the head on it."""
+
+    def __init__(self, maps: FeatureMaps, head: nn.Module):
+        super().__init__()
+        self.maps, self.head = maps, head
+
+    def forward(self, images: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.head(self.maps(images), size)
 
 
 def build_probe(config: DenseConfig, task: Task, runtime: Runtime) -> Probe:
@@ -113,9 +137,10 @@ def build_probe(config: DenseConfig, task: Task, runtime: Runtime) -> Probe:
     trained = read_head(Path(config.head)) if config.eval_only else None
     kind = trained.identity["head"] if trained else config.head
     torch.manual_seed(config.seed)  # all ranks alike: of the head, and of an encoder without weights
-    encoder = load_encoder(config.encoder, config.pretrained_ckp or None)
+    encoder = load_trainable(config, config.encoder)
     window = window_of(config.crop_size, encoder.patch_size)
-    frozen = FrozenEncoder(encoder, head_blocks(kind, depth_of(encoder)), config.cls_concat)
+    parts = encoder, head_blocks(kind, depth_of(encoder)), config.cls_concat
+    frozen = TunedEncoder(*parts, config.blocks_to_train) if config.tunes else FrozenEncoder(*parts)
     identity = {
         "task": task.name,
         "head": kind,
@@ -130,6 +155,7 @@ def build_probe(config: DenseConfig, task: Task, runtime: Runtime) -> Probe:
         check_same(trained.identity, identity, f"{config.head} was trained with", "give it the same")
         head.load_state_dict(trained.state)
     name = f"{config.dataset}_{kind}_{Path(config.encoder).name}_{identity['encoder_sha256'][:8]}"
+    name += f"_train_{config.train_blocks}" if config.tunes else ""
     output = Path(config.output_dir or f"runs/{name}{'_eval' if config.eval_only else ''}")
     if config.eval_only and (output / "checkpoints").exists():
         raise ValueError(f"{output} holds the training of a head: choose another --output_dir")
@@ -146,14 +172,3 @@ def build_probe(config: DenseConfig, task: Task, runtime: Runtime) -> Probe:
         val=val,
         output=output,
     )
-
-
-def check_same(found: dict[str, Any], expected: dict[str, Any], what: str, remedy: str) -> None:
-    """Refuse a file that was made with other settings: "WHAT key found, not expected: REMEDY"."""
-    other = [
-        f"{key} {found.get(key)}, not {expected.get(key)}"
-        for key in sorted({*found, *expected})
-        if found.get(key) != expected.get(key)
-    ]
-    if other:
-        raise ValueError(f"{what} {'; '.join(other[:4])}: {remedy}")

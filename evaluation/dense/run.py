@@ -16,13 +16,13 @@ from pixio.engine.signals import defer_signals
 
 
 def run(config: DenseConfig, task: Task, runtime: Runtime) -> dict[str, Any]:
-    """Train a head on frozen features and evaluate it, or with `eval_only` evaluate a trained one.
+    """Train a head, and some of the encoder if asked for, and evaluate it; with `eval_only` evaluate alone.
 
     Another run in the same folder is refused while this one lasts.
 
     Returns:
-        What `results.json` in `--output_dir` holds; beside it lie `head.pth`, `panels.png`, `log.jsonl` and
-        `checkpoints/`.
+        What `results.json` in `--output_dir` holds; beside it lie `head.pth`, `encoder.pth` if some of the
+        encoder was trained, `panels.png`, `log.jsonl` and `checkpoints/`.
     """
     probe = build_probe(config, task, runtime)
     with lock_folder(probe.output, runtime):
@@ -35,7 +35,7 @@ def run(config: DenseConfig, task: Task, runtime: Runtime) -> dict[str, Any]:
             with defer_signals():
                 rows = train_head(probe, train)
             if runtime.is_main:
-                probe.head_file.write(probe.output / "head.pth")
+                probe.export()
             results = publish(probe, len(train), rows)
         draw_panels(probe)
     return results

@@ -20,7 +20,7 @@ def evaluate(probe: Probe) -> dict[str, Any]:
     runtime, predictor, scores = probe.runtime, probe.predictor, probe.task.make_scores()
     indices = range(runtime.rank, len(probe.val), runtime.world_size)
     examples = whole_examples(probe.val, indices, probe.config.num_workers, runtime.pins_memory)
-    probe.head.eval()
+    probe.learner.eval()
     hidden = None if runtime.is_main else True  # None: where nobody watches
     examples = tqdm(examples, "evaluate", len(indices), leave=False, disable=hidden)
     for index, example in zip(indices, examples, strict=True):
@@ -29,7 +29,7 @@ def evaluate(probe: Probe) -> dict[str, Any]:
         everyone = index - runtime.rank + runtime.world_size <= len(probe.val)  # has an image in this round
         if everyone and runtime.asked_to_stop():
             raise Preempted
-    probe.head.train()
+    probe.learner.train()
     return scores.summarize(runtime.gather(scores.state))
 
 
@@ -41,11 +41,11 @@ def draw_panels(probe: Probe) -> None:
     count = min(probe.config.panels, len(probe.val))
     indices = [i * len(probe.val) // count for i in range(count)]
     examples = list(whole_examples(probe.val, indices, num_workers=0, pin_memory=False))
-    probe.head.eval()
+    probe.learner.eval()
     predictions = [
         probe.predictor.predict(example.image, example.names[0]).cpu().numpy() for example in examples
     ]
-    probe.head.train()
+    probe.learner.train()
     images = [example.image.permute(1, 2, 0).numpy() for example in examples]
     maps = {"ground truth": [example.target.numpy() for example in examples], "prediction": predictions}
     probe.task.draw(probe.output / "panels.png", images, maps)

@@ -1,6 +1,6 @@
-"""From features to depth maps and masks: frozen encoders, heads, sliding windows, the predictor."""
+"""From features to depth maps and masks: encoders, heads, sliding windows, the predictor."""
 
-from pixio.dense.frozen import FrozenEncoder
+from pixio.dense.frozen import FeatureMaps, FrozenEncoder, TunedEncoder
 from pixio.dense.head_file import HeadFile, is_head, read_head, window_of
 from pixio.dense.heads import KINDS, DPTHead, LinearHead, SyncedBatchNorm2d, SyncGroup, head_blocks, make_head
 from pixio.dense.outputs import Classes, Depth, Output
@@ -12,6 +12,7 @@ __all__ = [
     "Classes",
     "DPTHead",
     "Depth",
+    "FeatureMaps",
     "FrozenEncoder",
     "HeadFile",
     "LinearHead",
@@ -19,6 +20,7 @@ __all__ = [
     "Predictor",
     "SyncGroup",
     "SyncedBatchNorm2d",
+    "TunedEncoder",
     "head_blocks",
     "is_head",
     "make_head",

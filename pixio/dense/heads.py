@@ -7,8 +7,9 @@ Letters: B images, F channels of a feature map, h x w its locations, O outputs (
 H x W pixels. DPT: Ranftl et al., arXiv 2103.13413 (https://github.com/isl-org/DPT), here without BatchNorm.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -74,34 +75,52 @@ class LinearHead(nn.Module):
 class SyncedBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d with the statistics of all ranks' inputs, on any device (torch's needs a GPU).
 
-    With ranks, its input must need no gradient (frozen features), which would have to flow through the
-    statistics, and the ranks' batches must have the same size. Without, it is torch's BatchNorm2d.
+    The ranks' batches must have the same size. Without ranks it is torch's BatchNorm2d.
+
+    Args:
+        channels: F.
+        ranks: processes that share the statistics.
+        **options: of torch's BatchNorm2d.
     """
 
-    def __init__(self, channels: int, ranks: SyncGroup | None = None):
-        super().__init__(channels)
+    def __init__(self, channels: int, ranks: SyncGroup | None = None, **options: Any):
+        super().__init__(channels, **options)
         self.ranks = ranks
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, F, h, w] -> the same shape, float32.
-
-        Raises:
-            ValueError: statistics are shared, and the input needs a gradient.
-        """
+        """[B, F, h, w] -> the same shape, float32."""
         x = x.float()
         if not self.training or self.ranks is None:
             return super().forward(x)
-        if x.requires_grad:
-            raise ValueError(
-                "statistics shared among ranks pass no gradient on: freeze the encoder, or leave out ranks"
-            )
-        mean = self.ranks.mean(x.mean((0, 2, 3)))  # [F]
-        variance = self.ranks.mean((x - mean[:, None, None]).square().mean((0, 2, 3)))  # [F]
+        mean = _mean_over(self.ranks, x.mean((0, 2, 3)))  # [F]
+        variance = _mean_over(self.ranks, (x - mean[:, None, None]).square().mean((0, 2, 3)))  # [F]
         count = x.numel() // x.shape[1] * self.ranks.world_size
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance * count / max(count - 1, 1), self.momentum)
+        self.running_mean.lerp_(mean.detach(), self.momentum)
+        self.running_var.lerp_(variance.detach() * count / max(count - 1, 1), self.momentum)
         self.num_batches_tracked += 1
-        return F.batch_norm(x, mean, variance, self.weight, self.bias, eps=self.eps)
+        if not x.requires_grad:
+            return F.batch_norm(x, mean, variance, self.weight, self.bias, eps=self.eps)
+        # torch takes the statistics it is given for constants: here the gradient flows through them too
+        x = (x - mean[:, None, None]) * (variance + self.eps).rsqrt()[:, None, None]
+        if self.affine:
+            x = x * self.weight[:, None, None] + self.bias[:, None, None]
+        return x
+
+
+def _mean_over(ranks: SyncGroup, tensor: Tensor) -> Tensor:
+    """The mean over the ranks; its gradient is that of the mean of the ranks' losses."""
+    return _RankMean.apply(tensor, ranks) if tensor.requires_grad else ranks.mean(tensor)
+
+
+class _RankMean(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, tensor: Tensor, ranks: SyncGroup) -> Tensor:
+        context.ranks = ranks
+        return ranks.mean(tensor).clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return context.ranks.mean(gradient), None
 
 
 class DPTHead(nn.Module):

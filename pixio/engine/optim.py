@@ -44,6 +44,10 @@ def make_adamw(
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float, frozen: str | None = None) -> None:
-    """Set the learning rate of every group; 0 for those of the part `frozen`, whose bits stay the same."""
+    """Set the learning rate of every group; 0 for those of the part `frozen`, whose bits stay the same.
+
+    A group's `lr_scale`, if it has one, is a factor on its rate.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = 0.0 if frozen is not None and group["part"] == frozen else lr
+        rate = lr * group.get("lr_scale", 1.0)
+        group["lr"] = 0.0 if frozen is not None and group["part"] == frozen else rate

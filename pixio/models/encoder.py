@@ -128,10 +128,11 @@ class PixioViT(nn.Module):
             scales = stochastic_depth(self.drop_path, len(self.blocks), len(x), x.device)  # [depth, 2, B]
         outputs = {}
         for i, block in enumerate(self.blocks[: max(wanted, default=-1) + 1]):
+            scale = scales[i] if block.training else None  # frozen ones are in evaluation mode
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, scales[i], use_reentrant=False)
+                x = checkpoint(block, x, scale, use_reentrant=False)
             else:
-                x = block(x, scales[i])
+                x = block(x, scale)
             if i in wanted:
                 outputs[i] = self.split_tokens(x)
         return [outputs[i] for i in wanted]
