@@ -48,13 +48,16 @@ class CachedBatches:
         stream: its batch size B, per rank, and its seed.
         rank, world_size: of this process.
         seen: images that all ranks have seen.
+        pin_memory: give batches in pinned memory.
 
     Attributes:
         counts: images seen and kept, which here are the same, since this object was made.
     """
 
-    def __init__(self, cache: Cache, stream: Stream, rank: int, world_size: int, seen: int) -> None:
-        self.cache, self.stream = cache, stream
+    def __init__(
+        self, cache: Cache, stream: Stream, rank: int, world_size: int, seen: int, pin_memory: bool = False
+    ) -> None:
+        self.cache, self.stream, self.pin_memory = cache, stream, pin_memory
         self.rank, self.world_size, self.seen = rank, world_size, seen
         self.counts: Counter[str] = Counter()
 
@@ -70,7 +73,8 @@ class CachedBatches:
                 rows.append(order[visit % n])
             self.seen += size * self.world_size
             self.counts.update(seen=size, kept=size)
-            yield {"images": self.cache.images[rows], "tokens": self.cache.tokens[rows]}
+            batch = {"images": self.cache.images[rows], "tokens": self.cache.tokens[rows]}
+            yield {name: part.pin_memory() if self.pin_memory else part for name, part in batch.items()}
 
     def state_dict(self) -> None:
         """Nothing: the run counts the images."""

@@ -28,9 +28,10 @@ from pixio.data import DataError, Loader, open_stream
 from pixio.engine.checkpoint import Checkpoints, Interval
 from pixio.engine.config import option, parse
 from pixio.engine.optim import set_lr
+from pixio.engine.prefetch import Prefetch
 from pixio.engine.runtime import Runtime
 from pixio.engine.signals import Preempted
-from pixio.engine.step import NonFiniteLoss, apply_gradients, compute_gradients
+from pixio.engine.step import Agreement, NonFiniteLoss, apply_gradients, compute_gradients
 from pixio.engine.training import (
     TrainConfig,
     is_finished,
@@ -114,9 +115,9 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
     checkpoints = Checkpoints(output / "checkpoints", runtime, keep_newest=2, keep_every=config.keep_every)
     fixed = ("student_models", "teacher_model", "input_size", "n_cls_tokens", "feature_cache")
     state = state_to_resume(config, checkpoints, fixed)
-    start, images = config.start_step, 0
+    start, seen = config.start_step, 0
     if state:
-        start, images = state["step"], state["images"]
+        start, seen = state["step"], state["images"]
     if is_finished(config, runtime, start):
         return
 
@@ -142,7 +143,8 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
     if config.feature_cache:
         folder = Path(config.feature_cache)
         cache = open_cache(folder, stream, teacher, grid, runtime, config.num_workers)
-        loader = CachedBatches(cache, stream, runtime.rank, runtime.world_size, seen=images)
+        pinned = config.pin_mem and runtime.pins_memory
+        loader = CachedBatches(cache, stream, runtime.rank, runtime.world_size, seen, pinned)
     else:
         position = state["data"] if state else None
         loader = Loader(stream, **config.loader_options(runtime), state=position)
@@ -150,9 +152,9 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
 
     def prepare(batch: dict[str, Tensor]) -> Batch:
         """What all students share: pixels, the teacher's tokens, and one mask if they are to share it."""
-        pixels, noise = normalize(batch["images"].to(runtime.device, non_blocking=True)), None
+        pixels, noise = normalize(batch["images"]), None
         if config.feature_cache:
-            targets = Tokens.split(batch["tokens"].to(runtime.device).float(), teacher.n_cls_tokens)
+            targets = Tokens.split(batch["tokens"].float(), teacher.n_cls_tokens)
         else:
             with runtime.autocast():
                 targets = teacher_tokens(teacher, pixels, grid)
@@ -162,51 +164,55 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
         return Batch(pixels, targets, noise)
 
     # ---- loop
+    def images_after(step: int) -> int:
+        return seen + (step - start) * config.images_per_step(runtime.world_size)
+
     def save(step: int, wait: bool = True) -> None:
         models = {
             "students": {trainer.name: trainer.state_dict() for trainer in trainers},
             "teacher": teacher.fingerprint,
         }
         exports = exports_of(config.student_models, output)
-        save_run(config, runtime, checkpoints, step, images, loader, models, exports, wait)
+        images = images_after(step)
+        save_run(config, runtime, checkpoints, step, images, batches, models, exports, wait)
 
     log = start_log(config, runtime, start)
-    interval = Interval(runtime, config.save_steps, config.save_minutes)
-    batches = iter(loader)
-    for step in range(start, config.total_steps):
-        waiting = time.perf_counter()
-        raw = [next(batches) for _ in range(config.accum_iter)]
-        waiting = time.perf_counter() - waiting
-        runtime.seed(config.seed, step)  # shared masks
-        micro_batches = [prepare(batch) for batch in raw]
-        gradients, rates = {}, {}
-        for trainer in trainers:
-            name, optimizer, scaler = trainer.name, trainer.optimizer, trainer.scaler
-            rates[name] = config.lr_at(step, trainer.peak_lr)
-            set_lr(optimizer, rates[name])
-            runtime.seed(config.seed, step, name)  # its own masks and stochastic depth
-            gradients[name] = compute_gradients(
-                runtime, trainer.model, optimizer, scaler, micro_batches, trainer.loss_fn
+    interval = Interval(config.save_steps, config.save_minutes)
+    agreement = Agreement(runtime, start, interval.late)
+    batches = Prefetch(loader, runtime, config.accum_iter, range(start, config.total_steps))
+    try:
+        for step in range(start, config.total_steps):
+            waiting = time.perf_counter()
+            raw = next(batches)
+            waiting = time.perf_counter() - waiting
+            runtime.seed(config.seed, step)  # shared masks
+            micro_batches = [prepare(batch) for batch in raw]
+            gradients, rates = {}, {}
+            for trainer in trainers:
+                name, optimizer, scaler = trainer.name, trainer.optimizer, trainer.scaler
+                rates[name] = config.lr_at(step, trainer.peak_lr)
+                set_lr(optimizer, rates[name])
+                runtime.seed(config.seed, step, name)  # its own masks and stochastic depth
+                gradients[name] = compute_gradients(
+                    runtime, trainer.model, optimizer, scaler, micro_batches, trainer.loss_fn
+                )
+            results = apply_gradients(runtime, gradients, config.clip_grad, agreement)
+            done = step + 1
+            log.step(
+                done,
+                images_after(done),
+                waiting,
+                **student_metrics(runtime, trainers, results, rates),
+                teacher={"health": health.measure},
+                memory=runtime.memory,
+                data=batches.counts,
             )
-        try:
-            results = apply_gradients(runtime, gradients, config.clip_grad)
-        except NonFiniteLoss:
-            save(step)
-            raise
-        images += config.images_per_step(runtime.world_size)
-        done = step + 1
-        log.step(
-            done,
-            images,
-            waiting,
-            **student_metrics(runtime, trainers, results, rates),
-            teacher={"health": health.measure},
-            memory=runtime.memory,
-            data=dict(loader.counts),
-        )
-        if save_when_due(config, runtime, interval, done, save):
-            log.close()
-            raise Preempted
+            if save_when_due(config, runtime, agreement, interval, done, save):
+                log.close()
+                raise Preempted
+    except NonFiniteLoss as error:  # known a step later; the weights are those before it
+        save(error.step)
+        raise
     log.close()
 
 

@@ -1,7 +1,7 @@
 """The training of what an evaluation trains: resumed where it was stopped, evaluated on the way, saved."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from pixio.engine.logger import Log
 from pixio.engine.optim import set_lr
 from pixio.engine.runtime import Runtime
 from pixio.engine.signals import Preempted
-from pixio.engine.step import NonFiniteLoss, accumulate
+from pixio.engine.step import Agreement, NonFiniteLoss, accumulate
 from pixio.engine.training import say_stopped
 
 # Settings that change where and how fast a run goes, but not its metrics; others must be equal to resume it.
@@ -166,26 +166,33 @@ def train(run: Training) -> list[dict[str, Any]]:
 
     # ---- loop
     log = Log(run.output, total, runtime.is_main, start_step=start, every=config.log_freq)
-    interval = Interval(runtime, minutes=config.save_minutes)
+    interval = Interval(minutes=config.save_minutes)
+    agreement = Agreement(runtime, start, interval.late)
     batches = run.batches(start, total)
+    names: dict[int, Sequence[str]] = {}  # of what the last two steps have read
     module.train()
     for step in range(start, total):
         waiting = time.perf_counter()
         batch = next(batches)
         waiting = time.perf_counter() - waiting
+        names = {step - 1: names.get(step - 1, ()), step: batch.names}
         lr = run.lr(step)
         set_lr(optimizer, lr)
         if config.tunes:
             runtime.seed(config.seed, step)  # stochastic depth
-        try:
-            result = accumulate(runtime, model, optimizer, scaler, [batch], run.loss)
-        except NonFiniteLoss as error:
-            raise ValueError(f"{error}. Rank {runtime.rank} had read {', '.join(batch.names)}") from error
         done = step + 1
+        try:
+            result = accumulate(runtime, model, optimizer, scaler, [batch], run.loss, None, agreement)
+            due = interval.due(done, agreement.late) or done % run.steps_per_epoch == 0
+            if due or agreement.stop:
+                agreement.settle()
+        except NonFiniteLoss as error:
+            read = ", ".join(names[error.step])
+            raise ValueError(f"{error}. Rank {runtime.rank} had read {read}") from error
         metrics = {"loss": result.loss, "lr": lr, "grad_norm": result.grad_norm, "memory": runtime.memory}
         log.step(done, done * run.per_step, waiting, **metrics)
         try:
-            if runtime.asked_to_stop():
+            if agreement.stop:
                 raise Preempted
             evaluate_if_due(done)
         except Preempted:
@@ -193,7 +200,7 @@ def train(run: Training) -> list[dict[str, Any]]:
             say_stopped(runtime, done, total)
             log.close()
             raise
-        if done % run.steps_per_epoch == 0 or interval.due(done):
+        if due:
             save(done)
     log.close()
     return rows

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from training_loop import TrainingConfig
 
+from pixio.engine.optim import fused_adamw
 from pixio.files import write_atomic
 from pixio.models.external import fingerprint, load_encoder
 from pixio.models.finetuning import layer_decay_groups
@@ -37,7 +38,7 @@ def make_optimizer(config: TrainingConfig, head: nn.Module, encoder: nn.Module) 
         groups = [{"params": list(head.parameters()), "lr_scale": 1.0}]
         for group in layer_decay_groups(encoder, config.weight_decay, config.layer_decay):
             groups.append(group | {"lr_scale": factor * group["lr_scale"]})
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay)
+    return fused_adamw(groups, config.lr, (0.9, 0.999), config.weight_decay)
 
 
 def export_encoder(encoder: nn.Module, path: Path) -> str:

@@ -22,9 +22,10 @@ from pixio.data import DataError, Loader, open_stream
 from pixio.engine.checkpoint import Checkpoints, Interval, restore
 from pixio.engine.config import option, parse
 from pixio.engine.optim import make_adamw, set_lr
+from pixio.engine.prefetch import Prefetch
 from pixio.engine.runtime import Runtime
 from pixio.engine.signals import Preempted
-from pixio.engine.step import NonFiniteLoss, accumulate
+from pixio.engine.step import Agreement, NonFiniteLoss, accumulate
 from pixio.engine.training import (
     TrainConfig,
     is_finished,
@@ -97,9 +98,9 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
     # ---- resume
     checkpoints = Checkpoints(output / "checkpoints", runtime, keep_newest=2, keep_every=config.keep_every)
     state = state_to_resume(config, checkpoints, ("model", "input_size", "n_cls_tokens"))
-    start, images = config.start_step, 0
+    start, seen = config.start_step, 0
     if state:
-        start, images = state["step"], state["images"]
+        start, seen = state["step"], state["images"]
         restore(mae, optimizer, state, scaler)
     if is_finished(config, runtime, start):
         return
@@ -113,6 +114,9 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
     held_out = HeldOut(config.val_data, mae, config.mask_ratio) if config.val_data else None
 
     # ---- loop
+    def images_after(step: int) -> int:
+        return seen + (step - start) * config.images_per_step(runtime.world_size)
+
     def save(step: int, wait: bool = True) -> None:
         models = {
             "model": mae.state_dict(),
@@ -120,50 +124,52 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
             "scaler": scaler.state_dict(),
         }
         exports = {output / "encoder.pth": encoder_of}
-        save_run(config, runtime, checkpoints, step, images, loader, models, exports, wait)
+        images = images_after(step)
+        save_run(config, runtime, checkpoints, step, images, batches, models, exports, wait)
 
-    def loss_fn(model: nn.Module, pixels: Tensor) -> Tensor:
-        pixels = normalize(pixels.to(runtime.device, non_blocking=True))
-        output = model(pixels, config.mask_ratio)
+    def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        output = model(normalize(batch["images"]), config.mask_ratio)
         health.keep(output.tokens)
         return output.loss
 
     log, health = start_log(config, runtime, start), HealthWatch()
-    interval = Interval(runtime, config.save_steps, config.save_minutes)
-    batches = iter(loader)
+    interval = Interval(config.save_steps, config.save_minutes)
+    agreement = Agreement(runtime, start, interval.late)
+    batches = Prefetch(loader, runtime, config.accum_iter, range(start, config.total_steps))
     model.train()
-    for step in range(start, config.total_steps):
-        waiting = time.perf_counter()
-        micro_batches = [next(batches)["images"] for _ in range(config.accum_iter)]
-        waiting = time.perf_counter() - waiting
-        lr = config.lr_at(step, base_lr)
-        set_lr(optimizer, lr, frozen="encoder" if step < config.freeze_encoder_steps else None)
-        runtime.seed(config.seed, step)  # masks and stochastic depth
-        try:
-            result = accumulate(runtime, model, optimizer, scaler, micro_batches, loss_fn, config.clip_grad)
-        except NonFiniteLoss:
-            save(step)
-            raise
-        images += config.images_per_step(runtime.world_size)
-        done = step + 1
-        validate = held_out and (done % config.val_freq == 0 or done == config.total_steps)
-        held_out_loss = {"held_out_loss": held_out.loss(runtime, model)} if validate else {}
-        log.step(
-            done,
-            images,
-            waiting,
-            always=bool(validate),
-            loss=result.loss,
-            lr=lr,
-            grad_norm=result.grad_norm,
-            health=health.measure,
-            **held_out_loss,
-            memory=runtime.memory,
-            data=dict(loader.counts),
-        )
-        if save_when_due(config, runtime, interval, done, save):
-            log.close()
-            raise Preempted
+    try:
+        for step in range(start, config.total_steps):
+            waiting = time.perf_counter()
+            micro_batches = next(batches)
+            waiting = time.perf_counter() - waiting
+            lr = config.lr_at(step, base_lr)
+            set_lr(optimizer, lr, frozen="encoder" if step < config.freeze_encoder_steps else None)
+            runtime.seed(config.seed, step)  # masks and stochastic depth
+            result = accumulate(
+                runtime, model, optimizer, scaler, micro_batches, loss_fn, config.clip_grad, agreement
+            )
+            done = step + 1
+            validate = held_out and (done % config.val_freq == 0 or done == config.total_steps)
+            held_out_loss = {"held_out_loss": held_out.loss(runtime, model)} if validate else {}
+            log.step(
+                done,
+                images_after(done),
+                waiting,
+                always=bool(validate),
+                loss=result.loss,
+                lr=lr,
+                grad_norm=result.grad_norm,
+                health=health.measure,
+                **held_out_loss,
+                memory=runtime.memory,
+                data=batches.counts,
+            )
+            if save_when_due(config, runtime, agreement, interval, done, save):
+                log.close()
+                raise Preempted
+    except NonFiniteLoss as error:  # known a step later; the weights are those before it
+        save(error.step)
+        raise
     log.close()
 
 

@@ -495,9 +495,9 @@ def test_a_full_disk_is_reported_before_anything_is_written(tmp_path, monkeypatc
 
 
 def test_an_interval_in_steps_is_due_on_its_multiples():
-    interval = Interval(ALONE, steps=3)
-    assert [step for step in range(1, 10) if interval.due(step)] == [3, 6, 9]
+    interval = Interval(steps=3)
+    assert [step for step in range(1, 10) if interval.due(step, late=False)] == [3, 6, 9]
 
 
 def test_an_interval_without_steps_or_minutes_is_never_due():
-    assert not any(Interval(ALONE).due(step) for step in range(10))
+    assert not any(Interval().due(step, Interval().late()) for step in range(10))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import pixio
 from pixio.data import open_stream
+from pixio.engine import signals
 from pixio.engine.checkpoint import Checkpoints, materialize, read_checkpoint
 from pixio.engine.runtime import Runtime, start_runtime
 from pixio.engine.step import NonFiniteLoss, apply_gradients, compute_gradients
@@ -357,7 +358,7 @@ def test_a_run_asked_to_stop_saves_all_students_and_leaves_with_the_status_to_be
     folder, tmp_path, monkeypatch
 ):
     answers = iter([False, False, True])
-    monkeypatch.setattr(Runtime, "asked_to_stop", lambda self: next(answers))
+    monkeypatch.setattr(signals, "received", lambda: next(answers))
     with pytest.raises(SystemExit) as stopped:
         run(folder, "--save_steps 0 --output_dir", tmp_path)
     assert stopped.value.code == 75

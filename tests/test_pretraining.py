@@ -199,10 +199,15 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_good_weights_saved(tree
 
     monkeypatch.setattr(pixio.PixioMAE, "forward", poisoned)
     with pytest.raises(SystemExit, match="the loss is not finite"):
-        run(*trees["folder"], "--output_dir", tmp_path)
-    state = checkpoint_of(tmp_path)
+        run(*trees["folder"], "--output_dir", tmp_path / "stopped")
+    monkeypatch.undo()
+    state = checkpoint_of(tmp_path / "stopped")
     assert state["step"] == 3
     assert all(value.isfinite().all() for value in state["model"].values())
+    # it was a moment's fault: the step is taken again, with its images
+    run(*trees["folder"], "--output_dir", tmp_path / "stopped")
+    run(*trees["folder"], "--output_dir", tmp_path / "whole")
+    assert_equal_runs(tmp_path / "whole", tmp_path / "stopped")
 
 
 def test_continuing_from_an_encoder_holds_it_still_while_asked(trees, tmp_path):

@@ -13,7 +13,7 @@ from torch import nn
 
 from pixio.engine.optim import make_adamw, set_lr
 from pixio.engine.schedule import poly, warmup_cosine
-from pixio.engine.step import NonFiniteLoss, accumulate
+from pixio.engine.step import Agreement, NonFiniteLoss, accumulate
 
 
 def test_infinite_gradients_of_a_finite_loss_are_refused():
@@ -179,3 +179,46 @@ def test_poly_stays_at_zero_after_the_end_and_refuses_a_warmup_longer_than_the_r
     assert poly(25, 0.3, 0, 20) == 0
     with pytest.raises(ValueError, match="warm-up of 21 steps"):
         poly(0, 0.3, 21, 20)
+
+
+def late_steps(optimizer_of, poisoned: int, dtype=torch.float32) -> tuple[nn.Module, list[bool], int]:
+    """Steps of an agreement; which of them moved the weights, and the step that was raised."""
+    runtime = dataclasses.replace(ALONE, dtype=dtype)
+    model, scaler = tiny_model(), runtime.make_scaler()
+    optimizer, agreement, moved = optimizer_of(model), Agreement(runtime), []
+    for step in range(9):
+        before = weights(model)
+        images = step_images(step) * (math.nan if step == poisoned else 1)
+        try:
+            accumulate(runtime, model, optimizer, scaler, [images], squares, None, agreement)
+        except NonFiniteLoss as error:
+            return model, [*moved, not equal(before, weights(model))], error.step
+        moved.append(not equal(before, weights(model)))
+    raise AssertionError("nothing was raised")
+
+
+def test_a_bad_step_is_skipped_where_it_runs_and_raised_when_the_next_has_run():
+    model, moved, step = late_steps(lambda model: make_adamw(model, 1e-2), poisoned=3)
+    assert moved == [True] * 3 + [False] * 2
+    assert step == 3
+    good = tiny_model()
+    optimizer = make_adamw(good, 1e-2)
+    for step in range(3):
+        accumulate(ALONE, good, optimizer, ALONE.make_scaler(), [step_images(step)], squares)
+    assert equal(weights(model), weights(good))
+
+
+def test_an_optimizer_that_cannot_skip_and_fp16_raise_before_anything_changes():
+    _, moved, step = late_steps(lambda model: torch.optim.SGD(model.parameters(), 0.1), poisoned=2)
+    assert (moved, step) == ([True, True, False], 2)
+    _, moved, step = late_steps(lambda model: make_adamw(model, 1e-2), poisoned=2, dtype=torch.float16)
+    assert (moved[-1], step) == (False, 2)
+
+
+def test_settling_raises_at_once():
+    model, agreement = tiny_model(), Agreement(ALONE, step=7)
+    step = (ALONE, model, make_adamw(model, 1e-2), ALONE.make_scaler())
+    accumulate(*step, [step_images(0) * math.inf], squares, None, agreement)
+    with pytest.raises(NonFiniteLoss, match="not finite") as caught:
+        agreement.settle()
+    assert caught.value.step == 7

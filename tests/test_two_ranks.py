@@ -13,10 +13,11 @@ from helpers import ALONE, equal, full_disk, squares, step_images, tiny_model, w
 from torch import nn
 
 from pixio.engine import checkpoint as checkpoint_module
+from pixio.engine import signals
 from pixio.engine.checkpoint import Checkpoints, Interval, materialize
 from pixio.engine.optim import make_adamw
-from pixio.engine.runtime import start_runtime
-from pixio.engine.step import NonFiniteLoss, accumulate
+from pixio.engine.runtime import Runtime, start_runtime
+from pixio.engine.step import Agreement, NonFiniteLoss, accumulate
 from pixio.engine.training import TrainConfig, state_to_resume
 
 pytestmark = pytest.mark.slow
@@ -79,16 +80,39 @@ def run_rank(rank: int, folder: Path) -> None:
         found["export"] = str(error)
     found |= meet_damage(rank, checkpoints, folder)
 
-    found["due"] = []
+    found |= agree_late(runtime, model, optimizer)
+    torch.save(found, folder / f"rank{rank}.pt")
+    runtime.close()
+
+
+def agree_late(runtime: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """Steps whose answers are read one step later: a clock, a signal, and a loss that is not finite."""
+    found, rank = {"due": [], "stop": []}, runtime.rank
     with pytest.MonkeyPatch.context() as patch:
         now = 0.0
         patch.setattr(checkpoint_module, "time", SimpleNamespace(monotonic=lambda: now))
-        interval = Interval(runtime, steps=4, minutes=1)
-        for step, seconds in ((1, 30.0), (2, 61.0), (3, 62.0), (4, 63.0)):
+        interval = Interval(steps=4, minutes=1)
+        agreement = Agreement(runtime, 0, interval.late)
+        scaler = runtime.make_scaler()
+        for step, seconds in enumerate((30.0, 61.0, 62.0, 63.0), start=1):
             now = seconds if rank == 0 else 1e6 * step  # rank 1's clock would always say yes
-            found["due"].append(interval.due(step))
-    torch.save(found, folder / f"rank{rank}.pt")
-    runtime.close()
+            patch.setattr(signals, "received", lambda step=step: step == 3 and rank == 1)
+            images = step_images(step)
+            accumulate(runtime, model, optimizer, scaler, [images], squares, None, agreement)
+            found["due"].append(interval.due(step, agreement.late))
+            found["stop"].append(agreement.stop)
+            if found["due"][-1]:
+                agreement.settle()
+        before = weights(model)
+        images = torch.full((2, 6), math.nan if rank == 1 else 1.0)
+        accumulate(runtime, model, optimizer, scaler, [images], squares, None, agreement)
+        found["skipped"] = [equal(before, weights(model))]
+        try:
+            accumulate(runtime, model, optimizer, scaler, [step_images(6)], squares, None, agreement)
+        except NonFiniteLoss as error:
+            found["late"] = (str(error), error.step)
+        found["skipped"].append(equal(before, weights(model)))
+    return found
 
 
 def meet_damage(rank: int, checkpoints: Checkpoints, folder: Path) -> dict:
@@ -192,6 +216,14 @@ def test_each_rank_verifies_its_share_of_the_checkpoint_of_another_run(two_ranks
     assert all(torch.equal(found["resumed"]["value"], torch.ones(3)) for found in two_ranks)
 
 
-def test_an_interval_follows_the_clock_of_rank_0(two_ranks):
-    # Due neither after 30 s nor 1 s after the time it was, but after 61 s, and then by the step.
-    assert [found["due"] for found in two_ranks] == [[False, True, False, True]] * 2
+def test_ranks_follow_the_clock_of_rank_0_and_the_signals_of_all_a_step_later(two_ranks):
+    # Late by the clock at step 2, which is read after step 3; then every fourth step.
+    assert [found["due"] for found in two_ranks] == [[False, False, True, True]] * 2
+    assert [found["stop"] for found in two_ranks] == [[False, False, False, True]] * 2
+
+
+def test_a_loss_that_is_not_finite_moves_no_weights_until_all_ranks_have_read_of_it(two_ranks):
+    for found in two_ranks:
+        assert found["skipped"] == [True, True]
+        assert "rank 1: nan" in found["late"][0]
+        assert found["late"][1] == 4

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -67,13 +67,18 @@ class Stream:
 
     def identity(self) -> dict[str, Any]:
         """What positions in this stream depend on, as plain values."""
-        names = "\n".join(shard.name for shard in self.shards)
         return {
             "seed": self.seed,
             "shuffle_shards": self.shuffle_shards,
             "shards": len(self.shards),
-            "shard_names": hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16],
+            "shard_names": self._shard_names,
         }
+
+    @cached_property
+    def _shard_names(self) -> str:
+        """A short digest of them; there may be a million, and a run asks at every step."""
+        names = "\n".join(shard.name for shard in self.shards)
+        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
 
     def describe(self) -> str:
         """A line on what is read: the endings of the names in the first shard, counted."""

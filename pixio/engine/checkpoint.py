@@ -397,25 +397,22 @@ class Checkpoints:
 
 
 class Interval:
-    """Due every `steps` steps, and `minutes` after it was last due; 0 switches either off.
+    """Due every `steps` steps, and `minutes` after it was last due; 0 switches either off."""
 
-    Rank 0's clock decides for all: with `minutes`, `due` is a collective that waits for the device.
-    """
-
-    def __init__(self, runtime: Runtime, steps: int = 0, minutes: float = 0.0) -> None:
+    def __init__(self, steps: int = 0, minutes: float = 0.0) -> None:
         if steps < 0 or minutes < 0:
             raise ValueError(f"an interval cannot be negative: found {steps} steps, {minutes} minutes")
-        self.runtime = runtime
         self.steps = steps
         self.minutes = minutes
         self._since = time.monotonic()
 
-    def due(self, step: int) -> bool:
-        """Whether it is time after `step` steps; the same answer on every rank."""
-        due = self.steps > 0 and step % self.steps == 0
-        if not due and self.minutes > 0:
-            late = time.monotonic() - self._since >= 60 * self.minutes
-            due = self.runtime.any(self.runtime.is_main and late)
+    def late(self) -> bool:
+        """Whether `minutes` have passed by the clock of this process; ranks must agree on one."""
+        return self.minutes > 0 and time.monotonic() - self._since >= 60 * self.minutes
+
+    def due(self, step: int, late: bool) -> bool:
+        """Whether it is time after `step` steps, with `late` as the ranks have agreed on it."""
+        due = late or (self.steps > 0 and step % self.steps == 0)
         if due:
             self._since = time.monotonic()
         return due

@@ -1,6 +1,7 @@
 """AdamW with the parameter groups of masked-autoencoder training."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,10 +38,19 @@ def make_adamw(
     if not groups:
         raise ValueError("no parameter of the model requires a gradient: there is nothing to optimize")
     described = [{"params": p, "part": part, "weight_decay": decay} for (part, decay), p in groups.items()]
+    return fused_adamw(described, lr, betas, weight_decay)
+
+
+def fused_adamw(
+    parameters: Iterable[Any], lr: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW over parameters or groups of them; one kernel, which can skip a step, where the device has it."""
+    options = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
+    parameters = list(parameters)
     try:
-        return torch.optim.AdamW(described, lr=lr, betas=betas, fused=True)
+        return torch.optim.AdamW(parameters, **options, fused=True)
     except RuntimeError:  # this device has no fused kernel
-        return torch.optim.AdamW(described, lr=lr, betas=betas)
+        return torch.optim.AdamW(parameters, **options)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float, frozen: str | None = None) -> None:

@@ -219,7 +219,7 @@ class Collectives:
         if self.world_size == 1:
             return flag
         self.heartbeat()
-        count = torch.tensor(int(flag), device=self.device)
+        count = torch.full((), int(flag), device=self.device)  # `torch.tensor` would wait for its copy
         dist.all_reduce(count)
         return count.item() > 0
 

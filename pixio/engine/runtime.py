@@ -9,14 +9,14 @@ import hashlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass
 from datetime import timedelta
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -70,6 +70,42 @@ class Runtime(Collectives):
                     # torch's fused attention is slow backwards on CPUs in half precision
                     stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield
+
+    def to_host(self, tensor: Tensor) -> Callable[[], list]:
+        """Start copying `tensor` to the host; the function returned waits for it and gives its numbers."""
+        if self.device.type != "cuda":
+            return tensor.tolist
+        copy = tensor.to("cpu", non_blocking=True)  # in pinned memory
+        arrived = torch.cuda.Event()
+        arrived.record()
+
+        def read() -> list:
+            arrived.synchronize()
+            return copy.tolist()
+
+        return read
+
+    def copy_ahead(self, batches: list[dict[str, Tensor]]) -> Callable[[], list[dict[str, Tensor]]]:
+        """Start copying batches to the device, beside what it computes; the function returned gives them.
+
+        Copies from pinned memory wait for nothing, nor does that function.
+        """
+        stream = _copy_stream() if self.device.type == "cuda" else None
+        with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
+            moved = [
+                {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+                for batch in batches
+            ]
+
+        def take() -> list[dict[str, Tensor]]:
+            if stream:
+                computing = torch.cuda.current_stream()
+                computing.wait_stream(stream)
+                for tensor in (tensor for batch in moved for tensor in batch.values()):
+                    tensor.record_stream(computing)  # its memory belongs to the other stream
+            return moved
+
+        return take
 
     def make_scaler(self) -> torch.amp.GradScaler:
         """Gradient scaler: active in fp16, whose range is too small for gradients, transparent otherwise."""
@@ -198,6 +234,12 @@ def start_runtime(
         mesh=mesh,
         host_group=host_group,
     )
+
+
+@functools.cache
+def _copy_stream() -> "torch.cuda.Stream":
+    """Of this process's GPU, for copies to it."""
+    return torch.cuda.Stream()
 
 
 def choose_device(device: str, ranks: Ranks) -> torch.device:

@@ -6,6 +6,7 @@ each and one `apply_gradients` for all, so that either all of them take a step o
 
 import contextlib
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from pixio.engine import signals
 from pixio.engine.runtime import Runtime
 
 
@@ -23,9 +25,10 @@ class NonFiniteLoss(ArithmeticError):  # noqa: N818 (the name says what is wrong
         losses: mean loss of each rank's micro batches, in rank order.
         grad_norm: norm of the gradients averaged over ranks.
         model: which model it was, where several train side by side; else empty.
+        step: steps taken before it, by the count of `Agreement`.
     """
 
-    def __init__(self, losses: list[float], grad_norm: float, model: str = "") -> None:
+    def __init__(self, losses: list[float], grad_norm: float, model: str = "", step: int = 0) -> None:
         bad = [f"rank {rank}: {loss}" for rank, loss in enumerate(losses) if not math.isfinite(loss)]
         whose = f" of {model}" if model else ""
         found = (
@@ -40,6 +43,7 @@ class NonFiniteLoss(ArithmeticError):  # noqa: N818 (the name says what is wrong
         self.losses = losses
         self.grad_norm = grad_norm
         self.model = model
+        self.step = step
 
 
 class StepResult(NamedTuple):
@@ -59,6 +63,80 @@ class Gradients(NamedTuple):
     norm: Tensor  # Euclidean, before clipping
 
 
+class Agreement:
+    """What the ranks tell each other with the loss of each step, in the one reduction that it needs anyway.
+
+    Whether all is finite, whether a signal asks any of them to stop, and whether rank 0's clock says it is
+    time to save. The host reads the answers to one step when it has given the device the next, so that no
+    device runs dry while its host waits. Until then the device itself skips a step that is not finite, and
+    every step after it. All ranks read the same answers at the same point of the program.
+
+    Args:
+        runtime: the ranks.
+        step: steps taken so far.
+        late: whether it is time to save; rank 0's answer counts.
+
+    Attributes:
+        stop, late: the newest answers that were read.
+    """
+
+    def __init__(self, runtime: Runtime, step: int = 0, late: Callable[[], bool] = lambda: False) -> None:
+        self.runtime, self.step = runtime, step
+        self.stop = self.late = False
+        self._is_late = late
+        self._skip: Tensor | None = None  # 1 since a step was not finite, else 0
+        self._posted: deque[_Posted] = deque()
+
+    def post(self, gradients: Mapping[str, Gradients]) -> tuple[Tensor, Tensor]:
+        """Collective: tell the others of this step; waits for nothing.
+
+        Returns:
+            The losses of all models, means over ranks; and 1 where the step must be skipped, else 0.
+        """
+        losses = torch.stack([found.loss for found in gradients.values()])  # [models]
+        # in fp16 gradients overflow now and then: the scaler skips the step
+        finite = [
+            found.loss.isfinite() & (found.norm.isfinite() | found.scaler.is_enabled())
+            for found in gradients.values()
+        ]
+        bad = (~torch.stack(finite)).float()  # [models]
+        stop, late = signals.received(), self.runtime.is_main and self._is_late()
+        told = [losses, bad, bad.new_full((1,), float(stop)), bad.new_full((1,), float(late))]
+        losses, bad, asked = self.runtime.mean(torch.cat(told)).split([len(bad), len(bad), 2])
+        skip = bad.amax().ceil()
+        self._skip = skip if self._skip is None else torch.maximum(self._skip, skip)
+        measured = {name: (found.loss, found.norm) for name, found in gradients.items()}
+        self._posted.append(_Posted(self.step, measured, self.runtime.to_host(torch.cat([bad, asked]))))
+        self.step += 1
+        if self.runtime.world_size == 1:  # nobody else need be heard
+            self.stop, self.late = stop, late
+        return losses, self._skip
+
+    def settle(self, older: int = 0) -> None:
+        """Collective: read the answers to all steps but the newest `older`; now the weights are known good.
+
+        Raises:
+            NonFiniteLoss: on every rank, when the loss or (outside fp16) the gradient norm of any model on
+                any rank was not finite; it names one such model.
+        """
+        while len(self._posted) > older:
+            step, measured, read = self._posted.popleft()
+            *bad, stop, late = (number > 0 for number in read())
+            if any(bad):
+                name, (loss, norm) = list(measured.items())[bad.index(True)]
+                raise NonFiniteLoss(self.runtime.gather(loss.item()), norm.item(), name, step)
+            if self.runtime.world_size > 1:
+                self.stop, self.late = stop, late
+
+
+class _Posted(NamedTuple):
+    """A step whose answers are on their way to the host."""
+
+    step: int
+    measured: dict[str, tuple[Tensor, Tensor]]  # loss and gradient norm of each model, of this rank
+    read: Callable[[], list]
+
+
 def accumulate(
     runtime: Runtime,
     model: nn.Module,
@@ -67,6 +145,7 @@ def accumulate(
     micro_batches: Sequence[Any],
     loss_fn: Callable[[nn.Module, Any], Tensor],
     clip_grad: float | None = None,
+    agreement: Agreement | None = None,
 ) -> StepResult:
     """Take one optimizer step with the mean gradient over `micro_batches` and ranks.
 
@@ -76,7 +155,7 @@ def accumulate(
         NonFiniteLoss, ValueError: see there.
     """
     gradients = compute_gradients(runtime, model, optimizer, scaler, micro_batches, loss_fn)
-    return apply_gradients(runtime, {"": gradients}, clip_grad)[""]
+    return apply_gradients(runtime, {"": gradients}, clip_grad, agreement)[""]
 
 
 def compute_gradients(
@@ -125,37 +204,41 @@ def compute_gradients(
 
 
 def apply_gradients(
-    runtime: Runtime, gradients: Mapping[str, Gradients], clip_grad: float | None = None
+    runtime: Runtime,
+    gradients: Mapping[str, Gradients],
+    clip_grad: float | None = None,
+    agreement: Agreement | None = None,
 ) -> dict[str, StepResult]:
     """Take the optimizer step of every model, or, where any loss or gradient is not finite, of none.
-
-    Before anything changes the ranks agree that all is finite, which reads one number from the device;
-    nothing else waits for it (fp16's scalers read one more each).
 
     Args:
         gradients: of each model, by its name in errors.
         clip_grad: largest gradient norm allowed, of each model; None leaves gradients alone.
+        agreement: of the run: a step that is not finite is skipped by the device, and raised one step later,
+            or by `Agreement.settle`. None, or with an optimizer that cannot skip a step, or in fp16: the host
+            waits for the device before anything changes.
 
     Raises:
-        NonFiniteLoss: on every rank, when the loss or (outside fp16) the gradient norm of any model on any
-            rank is not finite; it names one such model.
+        NonFiniteLoss: on every rank; see `Agreement.settle`.
     """
-    losses = torch.stack([found.loss for found in gradients.values()])  # [models]
-    # in fp16 gradients overflow now and then: the scaler skips the step
-    finite = [
-        found.loss.isfinite() & (found.norm.isfinite() | found.scaler.is_enabled())
+    can_skip = all(
+        getattr(found.optimizer, "_step_supports_amp_scaling", False) and not found.scaler.is_enabled()
         for found in gradients.values()
-    ]
-    losses, bad = runtime.mean(torch.stack([losses, (~torch.stack(finite)).float()]))  # 2 x [models]
-    if bad.any().item():
-        name, found = list(gradients.items())[int(bad.argmax())]
-        raise NonFiniteLoss(runtime.gather(found.loss.item()), found.norm.item(), name)
+    )  # fused optimizers: they know from GradScaler what to do with `found_inf`
+    wait = agreement is None or not can_skip
+    agreement = agreement or Agreement(runtime)
+    losses, skip = agreement.post(gradients)
+    if wait:
+        agreement.settle()
 
     results = {}
     for (name, found), loss in zip(gradients.items(), losses, strict=True):
         if clip_grad is not None:
             nn.utils.clip_grads_with_norm_(found.parameters, clip_grad, found.norm)
+        if not wait:
+            found.optimizer.grad_scale, found.optimizer.found_inf = None, skip
         found.scaler.step(found.optimizer)
         found.scaler.update()
         results[name] = StepResult(loss, found.norm)
+    agreement.settle(older=1)
     return results

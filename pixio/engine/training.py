@@ -12,11 +12,12 @@ from pixio.engine.checkpoint import Checkpoints, Interval
 from pixio.engine.config import option, save_config
 from pixio.engine.lock import lock_folder
 from pixio.engine.logger import Log
+from pixio.engine.prefetch import Prefetch
 from pixio.engine.program import program
 from pixio.engine.runtime import Runtime, start_runtime
 from pixio.engine.schedule import warmup_cosine
 from pixio.engine.signals import defer_signals
-from pixio.engine.step import NonFiniteLoss
+from pixio.engine.step import Agreement, NonFiniteLoss
 from pixio.files import write_json
 
 
@@ -199,7 +200,7 @@ def save_run(
     checkpoints: Checkpoints,
     step: int,
     images: int,
-    loader: Any,
+    batches: Prefetch,
     models: dict[str, Any],
     exports: Mapping[str | os.PathLike, Callable[[dict[str, Any]], Any]],
     wait: bool,
@@ -213,14 +214,14 @@ def save_run(
         runtime: the ranks of the run.
         checkpoints: where to save.
         step: optimizer steps taken.
-        images: images seen so far, over all ranks.
-        loader: this rank's; has `state_dict()` and `report()`.
+        images: images seen in these steps, over all ranks.
+        batches: of this rank.
         models, exports, wait: see `Checkpoints.save`.
     """
-    data = runtime.gather(loader.state_dict())
+    data = runtime.gather(batches.state_dict(step))
     state = {**models, "data": data, "images": images, "config": asdict(config)}
     checkpoints.save(step, state, exports, wait)
-    reports = runtime.gather(loader.report())
+    reports = runtime.gather(batches.report())
     if runtime.is_main:
         try:
             write_json(Path(config.output_dir) / "data_report.json", reports)
@@ -229,17 +230,26 @@ def save_run(
 
 
 def save_when_due(
-    config: TrainConfig, runtime: Runtime, interval: Interval, step: int, save: Callable[..., None]
+    config: TrainConfig,
+    runtime: Runtime,
+    agreement: Agreement,
+    interval: Interval,
+    step: int,
+    save: Callable[..., None],
 ) -> bool:
     """Collective: call `save(step, wait=…)` when it is time to; returns whether the run was asked to stop.
 
     It is time when `interval` is due, every --save_freq epochs, at the end of the run, and before it stops;
     these last two saves are waited for. After its last step a run ends instead of stopping.
+
+    Raises:
+        NonFiniteLoss: in place of a save, when the newest step was not finite.
     """
     last = step == config.total_steps
-    stopping = runtime.asked_to_stop() and not last
+    stopping = agreement.stop and not last
     kept = config.keep_every > 0 and step % config.keep_every == 0
-    if stopping or interval.due(step) or last or kept:
+    if interval.due(step, agreement.late) or stopping or last or kept:
+        agreement.settle()
         save(step, wait=stopping or last)
     if stopping:
         say_stopped(runtime, step, config.total_steps)
