@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pixio.cli import visualize
 from pixio.cli.doctor import Doctor
+from pixio.cli.explore import Explore
 from pixio.cli.features import Features
 from pixio.cli.predict import Predict
 from pixio.engine.config import option, parse_command
@@ -149,6 +150,7 @@ COMMANDS = {
     "convert": Convert,
     "features": Features,
     "predict": Predict,
+    "explore": Explore,
     **visualize.COMMANDS,
     "plan": Plan,
     "scenes": Scenes,

@@ -2,7 +2,7 @@
 
 from pixio.features.extraction import FeatureExtractor, TokenFeatures, find_images
 from pixio.features.knn import KNNClassifier
-from pixio.features.pca import pca_colors, similarity
+from pixio.features.pca import pca_colors, reduce_features, similarity
 from pixio.features.store import FeatureStore, StoredArray, write_file, write_folder
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "TokenFeatures",
     "find_images",
     "pca_colors",
+    "reduce_features",
     "similarity",
     "write_file",
     "write_folder",

@@ -60,6 +60,37 @@ def pca_colors(features: Sequence[Tensor], foreground: bool = False) -> Colors:
     return Colors(maps, masks, explained)
 
 
+class Reduced(NamedTuple):
+    """Patches on the first K components of a joint PCA: patch = mean + loadings @ scores, but for the rest.
+
+    scores: [M, K], the patches of all images row by row.
+    mean: [D].
+    loadings: [D, K], orthonormal columns.
+    explained: share of the variance in the components, 0 to 1.
+    """
+
+    scores: Tensor
+    mean: Tensor
+    loadings: Tensor
+    explained: float
+
+
+def reduce_features(features: Sequence[Tensor], number: int) -> Reduced:
+    """Reduce the patches of several images by one PCA, to at most `number` components.
+
+    Args:
+        features: per image, [D, h, w], sizes may differ.
+        number: of components; fewer where width or patches are.
+
+    Raises:
+        ValueError: a single patch.
+    """
+    patches = torch.cat([feature.flatten(1).T for feature in features]).float()  # [M, D]
+    number = min(number, patches.shape[1], max(len(patches) - 1, 1))
+    mean, loadings, explained = _components(patches, number)
+    return Reduced((patches - mean) @ loadings, mean, loadings, explained)
+
+
 def similarity(queries: Tensor, features: Tensor) -> Tensor:
     """Cosine similarity of C tokens [C, D] to every patch of a map [D, h, w]: [C, h, w], -1 to 1."""
     patches = F.normalize(features.flatten(1), dim=0)  # [D, N]
