@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from PIL import Image
 
 import pixio
 from pixio.engine.ranks import find_ranks
+from pixio.engine.signals import call_if_stuck
 from pixio.synthetic.trees import write_tree
 
 pytestmark = pytest.mark.slow
@@ -88,6 +90,51 @@ def test_a_dry_run_needs_no_slurm_and_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture(scope="module")
+def attempt(tmp_path_factory):
+    """A function that runs the batch script where srun only saves a checkpoint and ends; what it printed."""
+    folder = tmp_path_factory.mktemp("attempt")
+    pointer = folder / "exp" / "7" / "checkpoints" / "latest"
+    pointer.parent.mkdir(parents=True)
+    script = dry_run("--job_dir", folder / "exp" / "%j")
+    stubs = {"srun": f'[ -z "$SAVES" ] || echo "$SAVES" > {pointer}; exit $STATUS', "scontrol": 'echo "$@"'}
+    for name, text in stubs.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+
+    def run(before: str, saves: str, status: int) -> subprocess.CompletedProcess:
+        pointer.write_text(f"{before}\n")
+        env = {"PATH": f"{folder}:{ENV['PATH']}", "SLURM_JOB_ID": "7", "SAVES": saves, "STATUS": str(status)}
+        return subprocess.run(["bash"], input=script, env=env, check=False, capture_output=True, text=True)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("before", "saves", "requeued"),
+    [
+        ("", "", False),
+        ("", "step_00000008", True),
+        ("step_00000008", "", False),
+        ("step_00000008", "step_00000008-1", False),  # a loss that is not finite saves where it is
+        ("step_00000008-1", "step_00000009", True),
+        ("step_00000100", "step_00000090", False),
+        ("step_99999999", "step_100000000", True),
+    ],
+)
+def test_a_failed_attempt_is_requeued_only_after_a_later_step(attempt, before, saves, requeued):
+    result = attempt(before, saves, status=1)
+    assert result.stdout == ("requeue 7\n" if requeued else "")
+    assert result.returncode == (0 if requeued else 1)
+    assert ("requeued" if requeued else "not requeued") in result.stderr
+
+
+@pytest.mark.parametrize("status", [0, 75, 255])
+def test_an_attempt_that_is_finished_or_was_stopped_is_not_requeued_as_a_failure(attempt, status):
+    result = attempt("", "step_00000008", status)
+    assert (result.stdout, result.stderr, result.returncode) == ("", "", status)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -151,6 +198,59 @@ os.kill(os.getpid(), signal.SIGTERM)
 def test_signals_are_recorded_by_the_program_and_not_seen_by_its_workers():
     ended = subprocess.run([sys.executable, "-c", SIGNALLED], check=False)
     assert ended.returncode == -signal.SIGTERM  # outside of `defer_signals` they end the process as ever
+
+
+HUNG = """
+import ctypes, os, signal
+from pixio.engine.signals import call_if_stuck, defer_signals
+lock = ctypes.create_string_buffer(64)  # as `pthread_mutex_init` leaves it
+with defer_signals(), call_if_stuck(lambda: os._exit(9), grace=0.5):
+    os.kill(os.getpid(), signal.{number})
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(lock)  # no signal ends it, as none ends waiting for a device
+"""
+
+
+def test_a_warned_program_that_hangs_is_requeued_by_a_thread():
+    ended = subprocess.run([sys.executable, "-c", HUNG.format(number="SIGUSR2")], check=False, timeout=60)
+    assert ended.returncode == 9
+
+
+def test_a_program_that_ends_in_time_is_left_alone():
+    called = []
+    with call_if_stuck(lambda: called.append(True), grace=0):
+        time.sleep(0.2)  # no warning has come
+    warned = HUNG.format(number="SIGUSR2").replace("range(2)", "range(1)")
+    ended = subprocess.run([sys.executable, "-c", warned], check=False, timeout=60)
+    assert (called, ended.returncode) == ([], 0)
+
+
+ORPHANED = """
+import multiprocessing, os, signal, threading, time
+from pixio.engine.signals import end_workers_with_this_process
+end_workers_with_this_process()
+fork = multiprocessing.get_context("fork")
+workers = [fork.Process(target=time.sleep, args=(300,)) for _ in range(2)]
+workers[0].start()
+other = threading.Thread(target=workers[1].start)  # a thread that ends takes no worker with it
+other.start()
+other.join()
+time.sleep(0.5)
+assert all(worker.is_alive() for worker in workers)
+print(*(worker.pid for worker in workers), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_do_not_outlive_a_killed_program():
+    with subprocess.Popen([sys.executable, "-c", ORPHANED], stdout=subprocess.PIPE, text=True) as program:
+        worker, of_a_thread = map(int, program.stdout.readline().split())
+        assert program.wait(timeout=60) == -signal.SIGKILL
+        os.kill(of_a_thread, signal.SIGKILL)  # of which nothing can be asked
+    stat, deadline = Path(f"/proc/{worker}/stat"), time.monotonic() + 10
+    while stat.exists() and ") Z " not in stat.read_text():  # a zombie, where nobody collects it
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 # ----------------------------------------------------------------------------------------- local processes
@@ -388,6 +488,7 @@ def run_jobs(folder: Path) -> dict[str, dict]:
         jobs.kill_rank("killed", 1)
         jobs.submit("whole", *spread, PACE="0")
         jobs.submit("hopeless", *spread, "--data_path", folder / "nothing")
+        jobs.submit("diverging", *paced, "--nodes", "1", "--ngpus", "1", "--lr", "1e38", PACE="0")
         short = ["--epochs", "1", "--iters_per_epoch", "2", "--timeout", "10"]
         jobs.evaluate("evaluated", f"launch_knn.sh pixio_vitpico16 none --data_path {folder}/folders {KNN}")
         jobs.evaluate("misled", f"launch_knn.sh pixio_vitpico16 none --data_path {folder}/nothing {KNN}")
@@ -478,6 +579,15 @@ def test_a_job_that_fails_without_progress_is_not_tried_again(jobs):
     folder, found = jobs
     assert (found["hopeless"]["state"], found["hopeless"]["restarts"]) == ("FAILED", 0)
     assert "nothing" in said(folder / "hopeless", found["hopeless"])
+
+
+def test_a_job_that_fails_again_at_the_same_step_stays_down(jobs):
+    folder, found = jobs
+    text = said(folder / "diverging", found["diverging"])
+    assert (found["diverging"]["state"], found["diverging"]["restarts"]) == ("FAILED", 1), text
+    assert text.count("the loss is not finite") >= 2
+    assert re.search(r"failed with status 1 after step (\d+) was saved: requeued", text), text
+    assert re.search(r"failed with status 1, and no step after \d+, .* was saved: not requeued", text), text
 
 
 def test_a_warned_evaluation_is_requeued_and_runs_to_the_end(jobs):
