@@ -15,7 +15,7 @@ from typing import get_type_hints
 import numpy as np
 import pytest
 import torch
-from helpers import write_tar
+from helpers import ALONE, write_tar
 from PIL import Image
 
 import pixio
@@ -23,7 +23,6 @@ from pixio.cli.common import INCOMPLETE
 from pixio.cli.main import COMMANDS, main
 from pixio.engine.checkpoint import Checkpoints
 from pixio.engine.config import parse
-from pixio.engine.runtime import Runtime
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def here(tmp_path_factory):
     encoder = pixio.PixioViT(img_size=32, embed_dim=16, depth=2, num_heads=2)
     mae = pixio.PixioMAE(encoder, 16, 1, 2, mask_grid=1)
     content = {"model": mae.state_dict(), "config": {"model": "tiny_enc16x2h2_dec16x1h2", "mask_grid": 1}}
-    Checkpoints(root / "run/checkpoints", Runtime(torch.device("cpu"))).save(1, content)
+    Checkpoints(root / "run/checkpoints", ALONE).save(1, content)
     (root / "run/log.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0, "lr": 0.1}) + "\n")
     torch.save(encoder.state_dict(), root / "encoder.pth")
     torch.save(pixio.pixio_vitpico16().state_dict(), root / "pico.pth")

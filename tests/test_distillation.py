@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from feature_cache import Cache, CachedBatches, open_cache
+from helpers import ALONE, echoing_programs, flags_of_script
 from students import Batch, Objective, Student, StudentTrainer
 from teachers import load_teacher, teacher_tokens
 from token_losses import Tokens, token_loss
@@ -35,7 +36,6 @@ from pixio.synthetic.trees import write_tree
 ROOT = Path(__file__).resolve().parents[1]
 
 
-ALONE = Runtime(torch.device("cpu"))
 PICO, TI = "pixio_vitpico16", "pixio_vitti16"
 TINY = "--mask_ratio 0 --input_size 64 --batch_size 4 --dtype fp32 --device cpu --num_workers 0 --lr 1e-3"
 SHORT = "--epochs 3 --iter_per_epoch 2 --warmup_epochs 1 --log_freq 1 --save_steps 2 --save_freq 0"
@@ -496,7 +496,7 @@ def test_mistakes_are_one_clear_line_and_write_nothing(folder, tmp_path, capsys,
 
 
 def test_a_pretraining_checkpoint_is_not_taken_for_a_distillation(folder, tmp_path):
-    Checkpoints(tmp_path, Runtime(torch.device("cpu"))).save(1, {"images": 4, "config": {}, "model": {}})
+    Checkpoints(tmp_path, ALONE).save(1, {"images": 4, "config": {}, "model": {}})
     with pytest.raises(SystemExit, match="step_00000001 is of another kind of run, without student_models"):
         run(folder, "--resume", tmp_path / "step_00000001", "--output_dir", tmp_path / "run")
 
@@ -743,32 +743,19 @@ def test_a_pass_over_a_cache_visits_every_image_once_on_any_number_of_ranks():
 # --- scripts ------------------------------------------------------------------------------------------------
 
 SCRIPTS = sorted((ROOT / "distillation" / "scripts").glob("*.sh"))
-LAUNCHER = {"job_dir", "job_name", "nodes", "ngpus", "timeout", "mem_gb", "partition", "account", "qos"}
 
 
 @pytest.fixture
 def stubs(tmp_path):
-    """A PATH where python, torchrun and sbatch only print their arguments."""
-    for name in ("python", "torchrun", "sbatch"):
-        (tmp_path / name).write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
-        (tmp_path / name).chmod(0o755)
-    data = {"TEACHER": "t.pth", "IMAGENET_TARS": "/tars", "WEB_TARS": "/web", "WEB_STATS": "/stats"}
-    return {**os.environ, **data, "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    return echoing_programs(
+        tmp_path, TEACHER="t.pth", IMAGENET_TARS="/tars", WEB_TARS="/web", WEB_STATS="/stats"
+    )
 
 
 def parsed(script: Path, env: dict) -> tuple[main_distill.DistillConfig, dict[str, str]]:
     """The configuration a script asks for, and its launcher flags."""
-    words = subprocess.run(["bash", script], env=env, check=True, capture_output=True, text=True).stdout
-    words = words.split("\n")
-    flags = words[next(i for i, word in enumerate(words) if word.endswith(".py")) + 1 : -1]
-    launcher, rest = {}, []
-    while flags:
-        if flags[0].removeprefix("--") in LAUNCHER:
-            launcher[flags[0].removeprefix("--")] = flags[1]
-            flags = flags[2:]
-        else:
-            rest.append(flags.pop(0))
-    return main_distill.parse(main_distill.DistillConfig, rest), launcher
+    flags, launcher = flags_of_script(script, env)
+    return main_distill.parse(main_distill.DistillConfig, flags), launcher
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)

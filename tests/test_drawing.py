@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import ALONE
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -17,7 +18,6 @@ import pixio
 from pixio.cli import curves, drawing
 from pixio.cli.report import write_report
 from pixio.engine.checkpoint import Checkpoints
-from pixio.engine.runtime import Runtime
 from pixio.features.pca import pca_colors, similarity
 from pixio.images.inference import Transform
 from pixio.models.mae import MAEOutput, patch_statistics, patchify
@@ -273,7 +273,7 @@ def run(tmp_path, mae):
         json.dumps({"data_path": "<script>alert(1)</script>", "mask_ratio": 0.5})
     )
     config = {"model": "tiny_enc16x1h2_dec16x1h2", "mask_grid": 1}
-    checkpoints = Checkpoints(run / "checkpoints", Runtime(torch.device("cpu")))
+    checkpoints = Checkpoints(run / "checkpoints", ALONE)
     checkpoints.save(2, {"model": mae.state_dict(), "config": config})
     for folder, metric, encoder in (
         (run / "eval/voc", 11.25, None),

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from helpers import ALONE
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
@@ -35,7 +36,6 @@ from pixio.features.extraction import ARRAYS
 from pixio.features.store import FORMATS
 from pixio.images.inference import FITS, Transform
 
-CPU = Runtime(torch.device("cpu"))
 SIZES = [(40, 64), (64, 40), (40, 64), (30, 30), (64, 64)]  # height, width
 SIDES = st.integers(1, 200)
 
@@ -63,7 +63,7 @@ def encoder():
     return pixio.PixioViT(img_size=32, embed_dim=16, depth=3, num_heads=2).eval()
 
 
-def extractor(encoder, runtime=CPU, batch_size=2, workers=0, size=32, fit="square", **options):
+def extractor(encoder, runtime=ALONE, batch_size=2, workers=0, size=32, fit="square", **options):
     spec = TokenFeatures(Transform(size, fit), **options)
     return FeatureExtractor(encoder, spec, runtime, batch_size, workers)
 
@@ -237,7 +237,7 @@ def test_two_ranks_share_the_parts_and_write_what_one_does(folder, encoder, tmp_
         threading.Thread(
             target=write_folder,
             name=str(rank),
-            args=(tmp_path / "two", extractor(encoder, replace(CPU, rank=rank, world_size=2)), shards),
+            args=(tmp_path / "two", extractor(encoder, replace(ALONE, rank=rank, world_size=2)), shards),
             kwargs={"per_file": 2},
         )
         for rank in range(2)

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from held_out import HeldOut
-from helpers import ALONE, interrupt_twice
+from helpers import ALONE, echoing_programs, flags_of_script, interrupt_twice
 from PIL import Image
 
 import pixio
@@ -382,33 +382,19 @@ def test_without_safetensors_a_run_does_not_begin(trees, tmp_path, monkeypatch):
 
 
 SCRIPTS = sorted((ROOT / "pretraining" / "scripts").glob("*.sh"))
-LAUNCHER = {"job_dir", "job_name", "nodes", "ngpus", "timeout", "mem_gb", "partition", "account", "qos"}
 
 
 @pytest.fixture
 def stubs(tmp_path):
-    """A PATH where python, torchrun and sbatch only print their arguments."""
-    for name in ("python", "torchrun", "sbatch"):
-        (tmp_path / name).write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
-        (tmp_path / name).chmod(0o755)
-    data = {"IMAGENET_TARS": "/data/tars", "WEB_TARS": "/data/web", "WEB_STATS": "/data/stats"}
-    return {**os.environ, **data, "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    return echoing_programs(
+        tmp_path, IMAGENET_TARS="/data/tars", WEB_TARS="/data/web", WEB_STATS="/data/stats"
+    )
 
 
 def parsed(script: Path, env: dict) -> tuple[main_pretrain.PretrainConfig, dict[str, str]]:
     """The configuration a script asks for, and its launcher flags."""
-    words = subprocess.run(
-        ["bash", script], env=env, check=True, capture_output=True, text=True
-    ).stdout.split("\n")
-    flags = words[next(i for i, word in enumerate(words) if word.endswith(".py")) + 1 : -1]
-    launcher, rest = {}, []
-    while flags:
-        if flags[0].removeprefix("--") in LAUNCHER:
-            launcher[flags[0].removeprefix("--")] = flags[1]
-            flags = flags[2:]
-        else:
-            rest.append(flags.pop(0))
-    return main_pretrain.parse(main_pretrain.PretrainConfig, rest), launcher
+    flags, launcher = flags_of_script(script, env)
+    return main_pretrain.parse(main_pretrain.PretrainConfig, flags), launcher
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
