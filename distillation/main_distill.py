@@ -34,6 +34,7 @@ from pixio.engine.signals import Preempted
 from pixio.engine.step import Agreement, NonFiniteLoss, apply_gradients, compute_gradients
 from pixio.engine.training import (
     TrainConfig,
+    collect_garbage,
     is_finished,
     run_program,
     save_run,
@@ -207,6 +208,7 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
                 memory=runtime.memory,
                 data=batches.counts,
             )
+            collect_garbage(done)
             if save_when_due(config, runtime, agreement, interval, done, save):
                 log.close()
                 raise Preempted

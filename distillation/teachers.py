@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from token_losses import Tokens
 from torch import Tensor, nn
 
+from pixio.engine.runtime import place_frozen
 from pixio.models.external import fingerprint, load_encoder
 
 
@@ -42,17 +43,14 @@ def load_teacher(
     """
     if not pretrained and not name.startswith("hf/"):
         raise ValueError(f"--teacher_pretrained is missing: with random weights {name} has nothing to teach")
-    teacher = load_encoder(name, pretrained).requires_grad_(False)
+    teacher = load_encoder(name, pretrained)
     teacher.fingerprint = fingerprint(teacher)
     if expected not in (None, teacher.fingerprint):
         raise ValueError(
             f"the run was started with a teacher of other weights (SHA-256 {expected[:12]}…, now "
             f"{teacher.fingerprint[:12]}…): give that --teacher_pretrained, or choose another --output_dir"
         )
-    for module in teacher.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            module.to(device, dtype)
-    return teacher.to(device)
+    return place_frozen(teacher, device, dtype)
 
 
 def check_teacher(teacher: nn.Module, size: int, patch_size: int, n_cls_tokens: int, resize: bool) -> None:

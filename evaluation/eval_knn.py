@@ -23,7 +23,7 @@ from torch import nn
 
 from pixio.engine.config import option, parse
 from pixio.engine.lock import lock_folder
-from pixio.engine.runtime import Runtime
+from pixio.engine.runtime import Runtime, place_frozen
 from pixio.features.extraction import FeatureExtractor
 from pixio.features.knn import KNNClassifier
 from pixio.files import write_json
@@ -87,9 +87,8 @@ def evaluate(config: KnnConfig, runtime: Runtime) -> dict[str, Any]:
     spec = choose_features(config, encoder)
     sha256 = runtime.gather(fingerprint(encoder) if runtime.is_main else None)[0]
     output = Path(config.output_dir or f"runs/knn_{Path(config.model).name}_{sha256[:8]}")
-    extractor = FeatureExtractor(
-        encoder.to(runtime.device), spec, runtime, config.batch_size_per_gpu, config.num_workers
-    )
+    encoder = place_frozen(encoder, runtime.device, runtime.dtype)
+    extractor = FeatureExtractor(encoder, spec, runtime, config.batch_size_per_gpu, config.num_workers)
     with lock_folder(output, runtime):
         bank, queries = (
             open_bank(split, output / "features", extractor, f"{config.model} {sha256}")

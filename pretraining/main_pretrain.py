@@ -28,6 +28,7 @@ from pixio.engine.signals import Preempted
 from pixio.engine.step import Agreement, NonFiniteLoss, accumulate
 from pixio.engine.training import (
     TrainConfig,
+    collect_garbage,
     is_finished,
     run_program,
     save_run,
@@ -164,6 +165,7 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
                 memory=runtime.memory,
                 data=batches.counts,
             )
+            collect_garbage(done)
             if save_when_due(config, runtime, agreement, interval, done, save):
                 log.close()
                 raise Preempted

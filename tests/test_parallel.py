@@ -62,13 +62,14 @@ def pretrain(runtime: Runtime, folder: Path, steps: range, checkpointing: bool =
         restore(mae, optimizer, checkpoints.load_latest())
     losses = []
     for step in steps:
-        batch = step_data(step, runtime)
+        images, noise = step_data(step, runtime)
+        size = len(images) // (1 if runtime.world_size == 1 else 2)  # of micro batches
         result = accumulate(
             runtime,
             model,
             optimizer,
             runtime.make_scaler(),
-            [batch],
+            list(zip(images.split(size), noise.split(size), strict=True)),
             lambda model, batch: model(batch[0], noise=batch[1]).loss,
             clip_grad=0.5,
         )

@@ -12,7 +12,7 @@ from torch import nn
 
 from pixio.engine import ranks as ranks_module
 from pixio.engine.ranks import Ranks, find_ranks
-from pixio.engine.runtime import Runtime, choose_device, start_runtime
+from pixio.engine.runtime import Runtime, choose_device, place_frozen, start_runtime
 
 
 def visible_gpus(monkeypatch, count: int) -> None:
@@ -159,3 +159,16 @@ def test_ranks_that_share_a_gpu_are_refused(monkeypatch):
         ValueError, match=f"ranks 0 and 1 share GPU GPU-1 on {host}: start one process per GPU"
     ):
         ranks_module._check_gpus(same, Ranks(1, 1, 2, 2), torch.device("cuda:0"))
+
+
+def test_a_frozen_model_in_the_type_of_autocast_gives_the_bits_of_autocast():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 2, 2), nn.Flatten(), nn.LayerNorm(32), nn.Linear(32, 5)).eval()
+    images, bf16 = torch.randn(2, 3, 4, 4), torch.bfloat16
+    runtime = dataclasses.replace(ALONE, dtype=bf16)
+    with torch.no_grad(), runtime.autocast():
+        expected = model(images)
+        found = place_frozen(model, runtime.device, runtime.dtype)(images)
+    assert torch.equal(found, expected)
+    assert [module.weight.dtype for module in (model[0], model[2], model[3])] == [bf16, torch.float32, bf16]
+    assert not any(parameter.requires_grad for parameter in model.parameters())

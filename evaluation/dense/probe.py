@@ -28,7 +28,7 @@ from pixio.dense import (
     read_head,
     window_of,
 )
-from pixio.engine.runtime import Runtime
+from pixio.engine.runtime import Runtime, place_frozen
 from pixio.images.panels import Maps
 from pixio.models.external import depth_of, fingerprint
 
@@ -160,6 +160,8 @@ def build_probe(config: DenseConfig, task: Task, runtime: Runtime) -> Probe:
     if config.eval_only and (output / "checkpoints").exists():
         raise ValueError(f"{output} holds the training of a head: choose another --output_dir")
     output.mkdir(parents=True, exist_ok=True)
+    if not config.tunes:
+        place_frozen(frozen, runtime.device, runtime.dtype)
     return Probe(
         config=config,
         task=task,

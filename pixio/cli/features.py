@@ -65,7 +65,7 @@ class Features(EncoderOptions):
     def run(self) -> None:
         import time
 
-        from pixio.engine.runtime import start_runtime
+        from pixio.engine.runtime import place_frozen, start_runtime
         from pixio.features import FeatureExtractor, TokenFeatures, find_images, write_file, write_folder
 
         shards = find_images(self.images, self.per_file)
@@ -73,7 +73,7 @@ class Features(EncoderOptions):
         try:
             if self.one_file and runtime.world_size > 1:
                 raise ValueError(f"--output {self.output}: several processes need a folder to write to")
-            encoder = self.load_encoder().to(runtime.device)
+            encoder = place_frozen(self.load_encoder(), runtime.device, runtime.dtype)
             arrays = tuple(dict.fromkeys(self.arrays))
             spec = TokenFeatures(
                 self.transform(encoder), arrays, self.blocks or None, not self.before_norm, self.half

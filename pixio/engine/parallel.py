@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from pixio.engine.ranks import Ranks
 
 BACKEND = "inductor"  # of torch.compile
+BUCKET_MB = 100  # of gradients that DDP exchanges at once; a block of ViT-H has 79
 GRAPHS = 64  # of the blocks of a process, all models and sizes together; torch's 8 would refuse the ninth
 
 
@@ -55,7 +56,9 @@ def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         return broadcast(model, device)  # DDP refuses a model without gradients
     device_ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model.to(device), device_ids=device_ids, gradient_as_bucket_view=True)
+    return DistributedDataParallel(
+        model.to(device), device_ids=device_ids, gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB
+    )
 
 
 def broadcast(module: nn.Module, device: torch.device) -> nn.Module:
@@ -71,6 +74,7 @@ def shard(
     mesh: DeviceMesh,
     dtype: torch.dtype = torch.float32,
     prepare: Callable[[nn.Module], object] = lambda module: None,
+    keep_gathered: bool = False,
 ) -> nn.Module:
     """Shard the parameters of `model` over the last dimension of `mesh`, in place (FSDP2).
 
@@ -82,14 +86,18 @@ def shard(
             under autocast, and with it the residual stream. On CPUs, whose LayerNorm takes no mixture of
             types, all stays float32.
         prepare: called with each block, and at last with the model, before it is sharded.
+        keep_gathered: between its forward and its backward pass a block stays whole, in `dtype`: it is
+            gathered once per step instead of twice.
     """
     full = MixedPrecisionPolicy(cast_forward_inputs=False)
     low = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    reshard = False if keep_gathered else None  # None: blocks are divided again, what lies outside is not
     on_cpu = mesh.device_type == "cpu"
     model.register_forward_hook(_copy_views)
     for module in (*blocks_of(model), model):
         prepare(module)
-        fully_shard(module, mesh=mesh, mp_policy=full if on_cpu or module is model else low)
+        policy = full if on_cpu or module is model else low
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
         if on_cpu:  # before torch 2.9 gloo silently summed where the mean was asked for
             module.set_force_sum_reduction_for_comms(True)
     return model

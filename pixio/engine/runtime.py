@@ -33,6 +33,7 @@ from pixio.engine.ranks import Collectives, Ranks, find_ranks, join_ranks
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GIB = 2**30
+GATHERED = 1 / 16  # of a GPU's memory, for what blocks in shards gather and keep until the backward pass
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,16 @@ class Runtime(Collectives):
             contexts = (lambda: (contextlib.nullcontext(), self.autocast())) if self._on_cpu else None
             checkpoint_activations(model, contexts)
         if self.mesh is not None:
-            return shard(model, self.mesh, self.dtype, functools.partial(broadcast, device=self.device))
+            prepare = functools.partial(broadcast, device=self.device)
+            return shard(model, self.mesh, self.dtype, prepare, self._fits_whole(model))
         return replicate(model, self.device) if self.world_size > 1 else model.to(self.device)
+
+    def _fits_whole(self, model: nn.Module) -> bool:
+        """Whether all of `model` in `dtype` takes a small part of the device's memory."""
+        if self.device.type != "cuda":
+            return False
+        size = self.dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
+        return size <= GATHERED * torch.cuda.get_device_properties(self.device).total_memory
 
     def _compiles(self, wanted: bool | None) -> bool:
         """Whether to compile; tries it with one addition, so that what it lacks is said before training."""
@@ -213,6 +222,10 @@ def start_runtime(
     chosen = choose_device(device, ranks)
     precision = _choose_dtype(dtype, chosen)
     if chosen.type == "cuda":
+        if (
+            parallel != "ddp"
+        ):  # what FSDP gathers and frees would leave gaps; read when memory is first asked for
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves a product in float32
     if ranks.world_size == 1:
@@ -234,6 +247,18 @@ def start_runtime(
         mesh=mesh,
         host_group=host_group,
     )
+
+
+def place_frozen(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Move a model that does not learn to `device`, in place.
+
+    Its linear and convolution weights are held in `dtype`, into which autocast would convert them at every
+    use: the same results, in half the memory. Norms stay float32, and with them the residual stream.
+    """
+    for module in model.requires_grad_(False).modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(device, dtype)
+    return model.to(device)
 
 
 @functools.cache

@@ -168,8 +168,8 @@ def compute_gradients(
 ) -> Gradients:
     """Leave the mean gradient over `micro_batches` and ranks in the parameters; nothing else changes.
 
-    Ranks with copies exchange gradients with the last micro batch only; those with shards, which have no room
-    for whole gradients, with each. Nothing waits for the device.
+    Ranks with copies, and nodes with copies of shards, exchange gradients with the last micro batch only; the
+    ranks that share one copy, which have no room for whole gradients, with each. Nothing waits.
 
     Args:
         model: what `runtime.wrap` returned.
@@ -187,7 +187,10 @@ def compute_gradients(
     losses = []
     runtime.heartbeat()
     for index, micro_batch in enumerate(micro_batches):
-        postpone = hasattr(model, "no_sync") and index + 1 < len(micro_batches)
+        last = index + 1 == len(micro_batches)
+        postpone = hasattr(model, "no_sync") and not last
+        if hasattr(model, "set_requires_all_reduce"):  # between nodes; FSDP sums the shards within each first
+            model.set_requires_all_reduce(last)
         with model.no_sync() if postpone else contextlib.nullcontext():
             with runtime.autocast():
                 loss = loss_fn(model, micro_batch) / len(micro_batches)

@@ -1,5 +1,6 @@
 """What training programs share: options (with the release's flag names), start, log, saves and resuming."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -19,6 +20,8 @@ from pixio.engine.schedule import warmup_cosine
 from pixio.engine.signals import defer_signals
 from pixio.engine.step import Agreement, NonFiniteLoss
 from pixio.files import write_json
+
+GARBAGE_STEPS = 500
 
 
 @dataclass(frozen=True)
@@ -161,11 +164,21 @@ def run_program(
     with program(prog, "train", (NonFiniteLoss, *failures)), defer_signals():
         launcher = (config.world_size, config.local_rank, config.dist_url)
         runtime = start_runtime(config.device, config.dtype, *launcher, config.parallel)
+        gc.freeze()  # what is there stays
+        gc.disable()  # see `collect_garbage`
         try:
             with lock_folder(config.output_dir, runtime):
                 body(config, runtime)
         finally:
+            gc.enable()
+            gc.unfreeze()
             runtime.close()
+
+
+def collect_garbage(step: int) -> None:
+    """Now and then, at the same steps on all ranks, as a pause of one rank is a pause of all."""
+    if step % GARBAGE_STEPS == 0:
+        gc.collect()
 
 
 def start_log(config: TrainConfig, runtime: Runtime, start_step: int) -> Log:
