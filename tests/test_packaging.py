@@ -33,6 +33,7 @@ PROMISES = {
         "-c 'import pixio, torch; torch.save(pixio.pixio_vitpico16().state_dict(), \"w.pth\")'",
         "-m pixio features images --pretrained w.pth --size 64 --output features.npz",
         "-m pixio pca images/*/*/*.JPEG --pretrained w.pth --size 64 --output pca.png",
+        "-m pixio explore images/*/*/*.JPEG --pretrained w.pth --size 64 --output explore.html",
         "-m pixio convert w.pth hf --to transformers",
     ],
     "train": [
