@@ -3,6 +3,9 @@
 import errno
 import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import eval_monodepth
@@ -11,7 +14,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from helpers import write_tar
+from helpers import free_port, write_tar
 from image_sets import encoded, noise, png
 from PIL import Image
 
@@ -25,6 +28,7 @@ from pixio.images import decoding
 from pixio.images.targets import open_depth, open_mask
 from pixio.synthetic.scenes import render
 
+ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = {"depth": eval_monodepth, "masks": eval_semseg}
 TINY = """
     --dataset folder --encoder pixio_vitfemto16 --device cpu --dtype fp32 --num_workers 0 --crop_size 32
@@ -273,6 +277,31 @@ def test_a_full_disk_ends_the_command_with_one_line(runs, tmp_path, capsys, monk
     assert not list(tmp_path.rglob("2*.png"))
 
 
+@pytest.mark.slow
+def test_two_processes_share_the_photographs(runs, tmp_path):
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    shared |= {"LOCAL_WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
+    (tmp_path / "photos").mkdir()
+    for seed in (2, 3):
+        shutil.copy(photo(runs, seed), tmp_path / f"photos/{seed}.png")
+    (tmp_path / "photos/cut.png").write_bytes(png(7)[:40])
+    command = [sys.executable, *["-m", "pixio", "predict", "photos", "--head"], runs / "depth/head.pth"]
+    ranks = [
+        subprocess.Popen(
+            [*command, "--device", "cpu"],
+            cwd=tmp_path,
+            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    said = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [3, 3]
+    assert said == ["2 photographs -> predictions\n", ""]
+    assert {file.name for file in tmp_path.rglob("depth/*.png")} == {"2.png", "3.png"}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -378,6 +407,9 @@ def test_weights_that_are_gone_are_asked_for(runs, tmp_path):
     torch.save(content | {"pretrained": "/gone/encoder.pth"}, tmp_path / "head.pth")
     with pytest.raises(FileNotFoundError, match=r"no longer at /gone/encoder\.pth: give their file"):
         Predictor.from_pretrained(tmp_path / "head.pth")
+    torch.save(torch.load(runs / "encoder.pth"), tmp_path / "encoder.pth")
+    beside = Predictor.from_pretrained(tmp_path / "head.pth", device="cpu")  # a run that was moved as a whole
+    assert torch.equal(beside(photo(runs)), load(runs)(photo(runs)))
     found = Predictor.from_pretrained(
         tmp_path / "head.pth", pixio.from_pretrained(runs / "encoder.pth"), device="cpu"
     )

@@ -80,21 +80,27 @@ class Predict:
         runtime = predictor.runtime
         try:
             writer = _Writer(self.output, predictor, self.format, self.depth_scale, self.pictures)
-            if runtime.is_main:
-                writer.begin()
-            photos, errors = list_photos(shards, self.output)
+            runtime.agree(writer.begin)
+            photos, damaged = list_photos(shards, self.output)
+            errors = damaged if runtime.is_main else []
             share = photos[runtime.rank :: runtime.world_size]
             waiting = [photo for photo in share if not writer.has(photo.name)]
             hidden = None if runtime.is_main else True  # None: where nobody watches
+            made = 0
             for photo in tqdm(waiting, "predict", disable=hidden):
                 if error := writer.predict(photo):
                     errors.append(error)
                     tqdm.write(f"skipped {error}", file=sys.stderr)
-            made = len(waiting) - len(errors)
-            earlier = f", and {len(share) - len(waiting)} from before" if len(share) > len(waiting) else ""
-            print(f"{made} photographs -> {self.output}{earlier}")
+                else:
+                    made += 1
+            done = runtime.gather((made, len(share) - len(waiting), errors))
+            made, before = (sum(each[i] for each in done) for i in (0, 1))
+            errors = [error for each in done for error in each[2]]
+            if runtime.is_main:
+                print(f"{made} photographs -> {self.output}{f', and {before} from before' if before else ''}")
+                if errors:
+                    print(f"{len(errors)} cannot be read, first {errors[0]}", file=sys.stderr)
             if errors:
-                print(f"{len(errors)} cannot be read, first {errors[0]}", file=sys.stderr)
                 raise SystemExit(INCOMPLETE)
         finally:
             runtime.close()

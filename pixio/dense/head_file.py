@@ -73,7 +73,8 @@ class HeadFile:
         """The encoder that the head was trained on, in evaluation mode.
 
         Args:
-            source: itself, its weights (of transformers: their folder), or None = where they were.
+            source: itself, its weights (of transformers: their folder), or None = where they were, or beside
+                the head.
             path: of the head, for messages.
 
         Raises:
@@ -103,10 +104,13 @@ class HeadFile:
                 f"{path} does not say where the weights of its encoder{known} are: give their file "
                 "(encoder=…, --pretrained)"
             )
+        beside = Path(path).with_name(Path(source).name)  # where a run leaves an encoder that it trained
         if not Path(source).expanduser().exists() and str(source) == self.pretrained:
+            source = beside
+        if source is beside and not beside.exists():
             raise FileNotFoundError(
-                f"the weights of {self.encoder} that {path} was trained on are no longer at {source}: give "
-                "their file (encoder=…, --pretrained)"
+                f"the weights of {self.encoder} that {path} was trained on are no longer at "
+                f"{self.pretrained}: give their file (encoder=…, --pretrained)"
             )
         return load_encoder(self.encoder, source) if self.encoder else from_pretrained(source).eval()
 

@@ -32,10 +32,10 @@ WHOLE_PIXELS = 2**24  # of a photograph that goes through the encoder in one pie
 class Predictor:
     """Predicts as the evaluation programs do: they, too, predict by this class.
 
-    Mode `slide` averages overlapping square windows (see `slide`). Beside the photograph (3 H W bytes) and
-    the result it holds 4 O S (W + S) bytes and what the network takes for `window_batch` windows, whatever
-    the height. Mode `whole` passes the photograph through the network in one piece, zero-padded on the right
-    and below to whole patches: 4 O H W bytes and more, for up to `WHOLE_PIXELS`.
+    Mode `slide` averages overlapping square windows (see `slide`). Beside a few copies of the photograph
+    (3 H W bytes) and of the result it holds 4 O S (W + S) bytes and what the network takes for `window_batch`
+    windows, whatever the height. Mode `whole` passes the photograph through the network in one piece,
+    zero-padded on the right and below to whole patches: 4 O H W bytes and more, for up to `WHOLE_PIXELS`.
 
     Args:
         frozen: the encoder.
@@ -82,7 +82,7 @@ class Predictor:
         Args:
             head: `head.pth` of a run of eval_monodepth.py or eval_semseg.py.
             encoder: weights of the encoder it was trained on (for one of transformers its folder), or the
-                encoder itself; None = where the weights were. Its fingerprint is compared.
+                encoder itself; None = where they were, or beside the head. Its fingerprint is compared.
             mode: `slide` as the evaluation does, or `whole`.
             device, dtype: as of `pixio.engine.runtime.start_runtime`; evaluation computes in bf16 by default.
             window_batch: see the class.
