@@ -1,11 +1,12 @@
 # make demo   set up, pre-train a small Pixio on rendered scenes, and measure what it learnt (CPU or GPU)
 # make test   set up and run all tests          make lint   set up and check style, types, links
+# make docs-check   run every command of README.md and docs/ on rendered data, in minutes
 # PYTHON=python3.12 make ... chooses the interpreter the environment is made with.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint
+.PHONY: demo test lint docs-check
 demo: .venv/installed
 	$(BIN)/python demo.py
 
@@ -17,6 +18,9 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_docs.py
+
+docs-check: .venv/installed
+	$(BIN)/python tests/docs_check.py
 
 .venv/installed: requirements.txt setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -13,7 +13,10 @@ for line in Path(__file__).with_name("requirements.txt").read_text().splitlines(
 
 brings["dev"] = [
     "hypothesis>=6.100",
+    "ipykernel>=6.29",
     "mypy>=1.15",
+    "nbclient>=0.10",
+    "nbformat>=5.10",
     "onnx>=1.18",
     "onnxruntime>=1.22",
     "onnxscript>=0.5",

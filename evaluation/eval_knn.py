@@ -1,4 +1,4 @@
-"""k-NN classification with a frozen encoder, under DINO's protocol (README, evaluation).
+"""k-NN classification with a frozen encoder, under DINO's protocol (docs/evaluation.md).
 
     python eval_knn.py --model pixio_vith16 --pretrained_ckp FILE --data_path DIR
     torchrun --nproc_per_node 8 eval_knn.py …

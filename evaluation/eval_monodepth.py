@@ -1,4 +1,4 @@
-"""Depth from a frozen encoder: train a linear or DPT head, and measure it (README, evaluation).
+"""Depth from a frozen encoder: train a linear or DPT head, and measure it (docs/evaluation.md).
 
     python eval_monodepth.py --config monodepth/configs/nyuv2_dpt.yaml --encoder NAME --pretrained_ckp FILE
     torchrun --nproc_per_node 8 eval_monodepth.py …

@@ -1,4 +1,4 @@
-"""Segmentation from a frozen encoder: train a linear or DPT head, and measure it (README, evaluation).
+"""Segmentation from a frozen encoder: train a linear or DPT head, and measure it (docs/evaluation.md).
 
     python eval_semseg.py --config semseg/configs/ade20k_linear.yaml --encoder NAME --pretrained_ckp FILE
     torchrun --nproc_per_node 8 eval_semseg.py …

@@ -9,7 +9,7 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR2@120
 #SBATCH --requeue
-# k-NN on ImageNet with a frozen encoder on one node; README, evaluation.
+# k-NN on ImageNet with a frozen encoder on one node; docs/evaluation.md.
 #
 #   sbatch launch_knn.sh pixio_vith16 pixio_vith16.pth
 #   sbatch --account mine --qos high launch_knn.sh …              options of your cluster

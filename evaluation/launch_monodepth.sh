@@ -9,7 +9,7 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR2@120
 #SBATCH --requeue
-# Depth with a frozen encoder on one node; README, evaluation.
+# Depth with a frozen encoder on one node; docs/evaluation.md.
 #
 #   sbatch launch_monodepth.sh monodepth/configs/nyuv2_dpt.yaml pixio_vith16 pixio_vith16.pth
 #   sbatch --account mine --qos high launch_monodepth.sh …           options of your cluster

@@ -9,7 +9,7 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR2@120
 #SBATCH --requeue
-# Segmentation with a frozen encoder on one node; README, evaluation.
+# Segmentation with a frozen encoder on one node; docs/evaluation.md.
 #
 #   sbatch launch_semseg.sh semseg/configs/ade20k_linear.yaml pixio_vith16 pixio_vith16.pth
 #   sbatch --account mine --qos high launch_semseg.sh …           options of your cluster

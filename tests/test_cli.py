@@ -97,7 +97,8 @@ def test_no_flag_of_a_command_or_program_was_ever_taken_away(line, capsys):
         config = importlib.import_module(name).SubmitConfig
         run = functools.partial(parse, config, ["--help"])
     else:
-        run = functools.partial(importlib.import_module(name).main, ["--help"])
+        module, *command = name.split()
+        run = functools.partial(importlib.import_module(module).main, [*command, "--help"])
     with pytest.raises(SystemExit):
         run()
     shown = re.findall(r"^  (-.*?)(?:  |$)", capsys.readouterr().out, re.MULTILINE)

@@ -139,7 +139,7 @@ def open_split(
         raise FileNotFoundError(f"{Path(file).absolute()} names no {split} pairs")
     if not pairs:
         raise FileNotFoundError(
-            f"{root.absolute()} holds no {split} pairs{lacking}; see the README for its layout"
+            f"{root.absolute()} holds no {split} pairs{lacking}; see docs/evaluation.md for its layout"
         )
     data = PairDataset(root, pairs, source.open, partial(source.crop, size=crop_size) if crop_size else None)
     published, warnings = source.published.get(split, len(pairs)), []

@@ -5,7 +5,7 @@
 #   hardware   32 nodes x 8 GPUs of 80 GB under SLURM
 #   hours      about 150 hours on h100 (computed by pixio plan at 40 % MFU); 1,284,000 steps of 16,384 images
 #   expect     k-NN 68.4, NYUv2 DPT RMSE 0.238, ADE20K linear mIoU 50.2 (paper, 5B)
-# The GPUs of a node share the parameters out: a copy on each would not fit (`pixio plan`, README).
+# The GPUs of a node share the parameters out: a copy on each would not fit (`pixio plan`, docs/clusters.md).
 # Further flags are passed on, and the last one wins.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

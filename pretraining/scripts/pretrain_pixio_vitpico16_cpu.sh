@@ -4,7 +4,7 @@
 #   command    cd pretraining && bash scripts/pretrain_pixio_vitpico16_cpu.sh
 #              your own images: … --dataset_type folder --data_path /data/photos
 #   hardware   two CPU cores
-#   hours      see the demo in the README: it is the same size of model and run
+#   hours      minutes: model and run have the size of those of `make demo`
 #   expect     `make demo` prints what such an encoder knows about its scenes
 # Further flags are passed on, and the last one wins. The same command resumes a run that was stopped.
 set -euo pipefail
