@@ -75,6 +75,9 @@ class DistillConfig(TrainConfig):
     drop_path: tuple[float, ...] = option(
         (0.0,), "stochastic depth rate of the last block, per student", ge=0, lt=1
     )
+    drop_path_mode: Literal["exact", "skip"] = option(
+        "exact", "drop for each image by chance, or skip the work of a fixed number of images"
+    )
     num_workers: int = option(10, "loading processes per rank", ge=0)
     lr: tuple[float, ...] | None = option(
         None, "peak learning rate, per student; by default from --blr", gt=0
@@ -228,7 +231,11 @@ def make_trainer(config: DistillConfig, runtime: Runtime, teacher: nn.Module, i:
     n_cls_tokens = config.n_cls_tokens or teacher.n_cls_tokens or 8
     runtime.seed(config.seed, 0, name)
     encoder = pixio.create_model(
-        name, img_size=config.input_size, n_cls_tokens=n_cls_tokens, drop_path=config.of(i, "drop_path")
+        name,
+        img_size=config.input_size,
+        n_cls_tokens=n_cls_tokens,
+        drop_path=config.of(i, "drop_path"),
+        drop_path_mode=config.drop_path_mode,
     )
     compared = n_cls_tokens if config.loss_fn_cls != "none" else 0
     check_teacher(teacher, config.input_size, encoder.patch_size, compared, config.resize_teacher)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from held_out import HeldOut
 from torch import Tensor, nn
@@ -52,6 +53,9 @@ class PretrainConfig(TrainConfig):
     mask_grid: int = option(4, "side of a masked cell in patches", ge=1)
     norm_pix_loss: bool = option(True, "predict pixels normalized per patch")
     drop_path: float = option(0.0, "stochastic depth rate of the last encoder block", ge=0, lt=1)
+    drop_path_mode: Literal["exact", "skip"] = option(
+        "exact", "drop for each image by chance, or skip the work of a fixed number of images"
+    )
     init_encoder: str | None = option(None, "encoder file to start from; the decoder starts fresh")
     init_mae: str | None = option(
         None, "training checkpoint, ours or the release's, to start from with encoder and decoder"
@@ -85,6 +89,7 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
         img_size=config.input_size,
         n_cls_tokens=config.n_cls_tokens,
         drop_path=config.drop_path,
+        drop_path_mode=config.drop_path_mode,
         mask_grid=config.mask_grid,
         norm_pix_loss=config.norm_pix_loss,
     )

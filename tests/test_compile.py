@@ -85,6 +85,18 @@ def test_encoder_and_decoder_are_a_graph_each_whatever_the_depth_and_the_rates(p
     assert compiled == pytest.approx(eager, rel=1e-5)
 
 
+def test_skipped_images_share_a_graph_whatever_their_number():
+    def outputs(compile: bool) -> list[float]:
+        torch.manual_seed(0)
+        options = {"img_size": 32, "embed_dim": 16, "depth": 5, "num_heads": 2}
+        encoder = pixio.PixioViT(**options, drop_path=0.5, drop_path_mode="skip")
+        ALONE.wrap(encoder, compile=compile).train()
+        return encoder(torch.randn(16, 3, 32, 32), [-1])[0]["patch_tokens"].flatten().tolist()
+
+    assert outputs(compile=True) == pytest.approx(outputs(compile=False), abs=1e-5)
+    assert_graphs(2)  # of all images, and of some
+
+
 def test_each_size_of_images_is_a_graph_of_its_own():
     """Also where there are more than torch compiles of a function on its own."""
     encoder = pixio.PixioViT(img_size=64, embed_dim=16, depth=3, num_heads=2)

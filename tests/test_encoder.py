@@ -11,7 +11,7 @@ from transformers import PixioConfig, PixioModel
 
 import pixio
 from pixio import PixioViT
-from pixio.models.layers import stochastic_depth
+from pixio.models.layers import images_to_keep, stochastic_depth
 
 SMALL = {"img_size": 64, "embed_dim": 48, "depth": 4, "num_heads": 3, "n_cls_tokens": 3}
 
@@ -257,6 +257,28 @@ def test_a_dropped_branch_leaves_its_image_as_it_is():
     assert torch.equal(out[0], x[0])
     torch.testing.assert_close(out[1], x[1] + 2 * block.attn(block.norm1(x))[1])
     torch.testing.assert_close(out[2], block(x)[2])
+
+
+def test_skipped_images_are_as_many_as_the_rate_says_and_the_mean_is_kept():
+    torch.manual_seed(0)
+    draws = [images_to_keep(0.4, 5, 20, torch.device("cpu")) for _ in range(400)]
+    assert draws[0][0] is None
+    assert [ids.shape for ids in draws[0][1:]] == [(2, count) for count in (18, 16, 14, 12)]
+    assert all(len(set(row.tolist())) == 12 for row in draws[0][-1])
+    kept = torch.stack([draw[-1] for draw in draws]).flatten().bincount(minlength=20) / (2 * len(draws))
+    torch.testing.assert_close(kept, torch.full((20,), 0.6), atol=0.08, rtol=0)
+
+
+def test_a_skipped_branch_is_that_of_a_scaled_one():
+    model, x = random_encoder(), torch.randn(4, 5, 48)
+    block, ids = model.blocks[0], torch.tensor([[2, 0], [3, 1]])
+    scales = torch.tensor([[2.0, 0.0, 2.0, 0.0], [0.0, 2.0, 0.0, 2.0]])
+    torch.testing.assert_close(block(x, ids=ids), block(x, scales))
+
+
+def test_a_mode_of_stochastic_depth_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="unknown drop_path_mode 'drop': choose exact or skip"):
+        PixioViT(**SMALL, drop_path_mode="drop")
 
 
 def test_stochastic_depth_is_of_training_alone():

@@ -5,7 +5,7 @@ D width.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from pixio.models.layers import (
     NORM_EPS,
     Block,
     PatchEmbed,
+    images_to_keep,
     init_weights,
     resize_positions,
     stochastic_depth,
@@ -36,6 +37,8 @@ class PixioViT(nn.Module):
         mlp_ratio: hidden width of the MLP / D.
         n_cls_tokens: number of class tokens C.
         drop_path: stochastic depth rate of the last block; it grows linearly from 0 at the first.
+        drop_path_mode: "exact" draws for each image; "skip" leaves dropped branches uncomputed, for a fixed
+            number of images (`images_to_keep`).
         norm_layer: for code that names it, as in `partial(nn.LayerNorm, eps=1e-6)`; there is no other choice.
 
     Attributes:
@@ -57,6 +60,7 @@ class PixioViT(nn.Module):
         mlp_ratio: float = 4.0,
         n_cls_tokens: int = 8,
         drop_path: float = 0.0,
+        drop_path_mode: Literal["exact", "skip"] = "exact",
         norm_layer: Callable[[int], nn.Module] | None = None,
     ):
         super().__init__()
@@ -65,6 +69,8 @@ class PixioViT(nn.Module):
             raise ValueError(f"norm_layer gives {found}, but the weights were trained with {norm}")
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path {drop_path} is not in [0, 1)")
+        if drop_path_mode not in ("exact", "skip"):
+            raise ValueError(f"unknown drop_path_mode {drop_path_mode!r}: choose exact or skip")
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.img_size = height, width
         self.patch_size = patch_size
@@ -74,6 +80,7 @@ class PixioViT(nn.Module):
         self.mlp_ratio = mlp_ratio
         self.n_cls_tokens = n_cls_tokens
         self.drop_path = drop_path
+        self.drop_path_mode = drop_path_mode
         self.grid = self.grid_of(*self.img_size)
         self.grad_checkpointing = False
 
@@ -123,16 +130,21 @@ class PixioViT(nn.Module):
         """
         wanted = self.resolve_blocks(block_ids)
         x = self._embed(images, ids_keep)  # [B, C + V, D]
-        scales = [None] * len(self.blocks)
+        scales = ids = [None] * len(self.blocks)
         if self.training and self.drop_path:
-            scales = stochastic_depth(self.drop_path, len(self.blocks), len(x), x.device)  # [depth, 2, B]
+            drawn = self.drop_path, len(self.blocks), len(x), x.device
+            if self.drop_path_mode == "skip":
+                ids = images_to_keep(*drawn)  # each [2, K] or None
+            else:
+                scales = stochastic_depth(*drawn)  # [depth, 2, B]
         outputs = {}
         for i, block in enumerate(self.blocks[: max(wanted, default=-1) + 1]):
-            scale = scales[i] if block.training else None  # frozen ones are in evaluation mode
+            # frozen ones are in evaluation mode
+            dropped = (scales[i], ids[i]) if block.training else (None, None)
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, scale, use_reentrant=False)
+                x = checkpoint(block, x, *dropped, use_reentrant=False)
             else:
-                x = block(x, scale)
+                x = block(x, *dropped)
             if i in wanted:
                 outputs[i] = self.split_tokens(x)
         return [outputs[i] for i in wanted]

@@ -75,14 +75,19 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, scales: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, scales: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
         """Add both branches to `x`.
 
         Args:
             x: [B, T, D].
             scales: from `stochastic_depth`, [2, B]: factors of the attention and the MLP branch of each
                 image; None = 1.
+            ids: from `images_to_keep`, int64 [2, K]: the images whose branches are computed, and scaled to
+                keep the mean; None = all.
         """
+        if ids is not None:
+            x = _add_to(x, self.attn(self.norm1(x.index_select(0, ids[0]))), ids[0])
+            return _add_to(x, self.mlp(self.norm2(x.index_select(0, ids[1]))), ids[1])
         x = x + _scaled(self.attn(self.norm1(x)), scales, 0)
         return x + _scaled(self.mlp(self.norm2(x)), scales, 1)
 
@@ -90,6 +95,11 @@ class Block(nn.Module):
 def _scaled(x: Tensor, scales: Tensor | None, branch: int) -> Tensor:
     """[B, T, D] times the factors of one of the branches."""
     return x if scales is None else x * scales[branch, :, None, None].to(x.dtype)
+
+
+def _add_to(x: Tensor, branch: Tensor, ids: Tensor) -> Tensor:
+    """[B, T, D], with B/K times a branch [K, T, D] added to the images `ids` [K]."""
+    return x.index_add(0, ids, (branch * (len(x) / len(ids))).to(x.dtype))
 
 
 def stochastic_depth(rate: float, depth: int, batch: int, device: torch.device) -> Tensor:
@@ -109,6 +119,27 @@ def stochastic_depth(rate: float, depth: int, batch: int, device: torch.device) 
     """
     keep = 1 - torch.linspace(0, rate, depth, device=device).view(-1, 1, 1)  # a single block keeps all
     return (torch.rand(depth, 2, batch, device=device) < keep) / keep
+
+
+def images_to_keep(rate: float, depth: int, batch: int, device: torch.device) -> list[Tensor | None]:
+    """Draw the images whose branches are computed at all, as DINOv2 does (arXiv 2304.07193, section 4).
+
+    Unlike in `stochastic_depth` their number is fixed: in each branch of a block exactly K of B images, the
+    rounded share that its rate leaves, at least one. Each is drawn with probability K/B, but they are not
+    independent.
+
+    Args: those of `stochastic_depth`.
+
+    Returns:
+        For each block int64 [2, K], its attention and its MLP branch; None = all images.
+    """
+    order = torch.rand(depth, 2, batch, device=device).argsort(dim=-1)  # [depth, 2, B]
+    counts = [max(round(batch * (1 - rate * i / max(depth - 1, 1))), 1) for i in range(depth)]
+    kept = [None if count == batch else order[i, :, :count] for i, count in enumerate(counts)]
+    for ids in kept:
+        if ids is not None:  # compiled blocks need not be compiled for each number
+            torch._dynamo.maybe_mark_dynamic(ids, 1)
+    return kept
 
 
 def init_weights(module: nn.Module) -> None:
