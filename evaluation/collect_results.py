@@ -54,6 +54,8 @@ def collect(folders: Sequence[Path]) -> dict[tuple[str, str], Cells]:
 def read_results(results: dict[str, Any]) -> tuple[str, tuple[str, str], dict[str, str]]:
     """Name of the encoder, key of the column, and cells for "last" and "best", of one results.json."""
     encoder = f"{results['encoder']} {results['encoder_sha256'][:8]}"
+    if results["task"] == "classify" or results["config"].get("train_blocks", "0") != "0":
+        return encoder, (results["task"], "trained"), {}  # the table is of frozen encoders
     if results["task"] == "knn":
         top1 = f"{results['k'][str(results['reported_k'])]['top1']:.1f}"
         return encoder, ("knn", ""), {"last": top1, "best": top1}

@@ -72,6 +72,11 @@ class TrainingConfig(EvaluationConfig):
         return self.train_blocks == "all" or int(self.train_blocks) > 0
 
     @property
+    def peak_encoder_lr(self) -> float:
+        """Peak learning rate of the trained blocks."""
+        return self.encoder_lr or self.lr / 10
+
+    @property
     def blocks_to_train(self) -> int | None:
         """Number of the last blocks that learn; None = all, with the embeddings."""
         return None if self.train_blocks == "all" else int(self.train_blocks)

@@ -34,7 +34,7 @@ def make_optimizer(config: TrainingConfig, head: nn.Module, encoder: nn.Module) 
     if not config.tunes:
         groups = head.parameters()
     else:
-        factor = (config.encoder_lr or config.lr / 10) / config.lr
+        factor = config.peak_encoder_lr / config.lr
         groups = [{"params": list(head.parameters()), "lr_scale": 1.0}]
         for group in layer_decay_groups(encoder, config.weight_decay, config.layer_decay):
             groups.append(group | {"lr_scale": factor * group["lr_scale"]})

@@ -113,6 +113,7 @@ CONFIGS = {
     "submitit_pretrain": "SubmitConfig",
     "main_distill": "DistillConfig",
     "submitit_distill": "SubmitConfig",
+    "eval_classify": "ClassifyConfig",
     "eval_knn": "KnnConfig",
     "eval_monodepth": "DepthConfig",
     "eval_semseg": "SegmentationConfig",

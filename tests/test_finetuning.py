@@ -5,10 +5,12 @@ import eval_semseg
 import pytest
 import timm
 import torch
+import training_loop
 from test_evaluation_runs import TUNED, assert_alike, depth, metrics_of, segmentation, trees  # noqa: F401
 from timm.optim import param_groups_layer_decay
 
 import pixio
+from benchmarks import few_labels
 from pixio.dense import FrozenEncoder, Predictor, TunedEncoder
 from pixio.models.external import TimmEncoder, fingerprint
 from pixio.models.finetuning import layer_decay_groups, learns, set_training, train_last_blocks
@@ -121,3 +123,16 @@ def test_a_trained_encoder_loads_like_a_released_file_and_gives_the_runs_metrics
     assert_alike(again, results | {"evaluations": results["evaluations"][-1:]}, rel=1e-6, abs=0)
     mask = Predictor.from_pretrained(tmp_path / "tuned/head.pth")(render(3, (40, 40)).image)
     assert mask.shape == (40, 40)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_few_labels_runs_and_does_not_compute_twice(tmp_path, monkeypatch):
+    tiny = f"--output {tmp_path} --labels 2 --seeds 1 --lr 1e-3 --steps 1 --val 1 --size 32 --device cpu"
+    torch.save(pixio.create_model("pixio_vitfemto8", img_size=32).state_dict(), tmp_path / "weights.pth")
+    tiny += f" --encoder pixio_vitfemto8 --pretrained {tmp_path / 'weights.pth'}"
+    table = few_labels.main(tiny.split())
+    assert {side: list(points) for side, points in table.items()} == {"pre-trained": [2], "from scratch": [2]}
+    assert all(0 <= miou <= 100 for points in table.values() for miou in points[2])
+    assert (tmp_path / "few_labels.png").is_file()
+    monkeypatch.setattr(training_loop, "accumulate", None)
+    assert few_labels.main(tiny.split()) == table

@@ -1,12 +1,10 @@
 """Results of a probe: `results.json`."""
 
-import json
 from dataclasses import asdict
 from typing import Any
 
 from dense.probe import Probe
-
-from pixio.files import write_json
+from results import last_and_best, write_results
 
 
 def publish(probe: Probe, trained_on: int | None, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -20,18 +18,14 @@ def publish(probe: Probe, trained_on: int | None, rows: list[dict[str, Any]]) ->
     Returns:
         What the file holds.
     """
-    config, last, best = probe.config, rows[-1], {}
-    for metric, higher in probe.task.metrics.items():
-        row = (max if higher else min)(rows, key=lambda row, metric=metric: row[metric])
-        best[metric] = {"value": row[metric], "epoch": row["epoch"]}
+    config, metrics, last = probe.config, probe.task.metrics, rows[-1]
     results = {
         "dataset": config.dataset,
         **probe.identity,
         "encoder": config.encoder,
         "pretrained_ckp": config.pretrained_ckp,
         "counts": {"train": trained_on, "val": len(probe.val)},
-        "last": {metric: last[metric] for metric in ("epoch", *probe.task.metrics)},
-        "best": best,
+        **last_and_best(rows, metrics),
         "per_class": dict(zip(probe.predictor.class_names, last.get("iou", ()), strict=True)),
         "seconds": last["seconds"],
         "blocks": probe.frozen.block_ids,
@@ -41,9 +35,4 @@ def publish(probe: Probe, trained_on: int | None, rows: list[dict[str, Any]]) ->
         "config": asdict(config),
         "evaluations": rows,
     }
-    results = json.loads(json.dumps(results, allow_nan=False))  # as the file holds them
-    if probe.runtime.is_main:
-        write_json(probe.output / "results.json", results)
-        metrics = ", ".join(f"{metric} {last[metric]:.4g}" for metric in probe.task.metrics)
-        print(f"{probe.output}: epoch {last['epoch']}: {metrics}", flush=True)
-    return results
+    return write_results(results, metrics, probe.output, probe.runtime)

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+#SBATCH --nodes=1
+#SBATCH --gres=gpu:8
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=10
+#SBATCH --mem=1200G
+#SBATCH --time=7-00:00:00
+#SBATCH --output=slurm-%j.out
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR2@120
+#SBATCH --requeue
+# Classification of ImageNet, frozen or fine-tuned, on one node; docs/fine_tuning.md.
+#
+#   sbatch launch_classify.sh pixio_vith16 pixio_vith16.pth --train_blocks 4 --drop_path 0.3
+#   sbatch --account mine --qos high launch_classify.sh …         options of your cluster
+#   GPUS=8 bash launch_classify.sh …                              the same without SLURM; default: one process
+# Submit in this folder or above it.
+# Further flags are passed on, and the last one wins: … --data_path /data/imagenet --probe attentive
+set -euo pipefail
+if [ $# -lt 2 ]; then
+    echo "usage: launch_classify.sh ENCODER WEIGHTS [FLAGS…]   (WEIGHTS none = random)" >&2
+    exit 2
+fi
+# SLURM runs a copy of this script: this folder is then where the job was submitted, or right below.
+here="$(realpath "$(dirname "${BASH_SOURCE[0]}")")"
+[ -f "$here/launch_common.sh" ] || here="$SLURM_SUBMIT_DIR"
+[ -f "$here/launch_common.sh" ] || here="$here/evaluation"
+source "$here/launch_common.sh"
+
+launch eval_classify.py --encoder "$1" --pretrained_ckp "$(absolute "$2")" "${@:3}"
