@@ -1,4 +1,4 @@
-"""Distil a frozen teacher into smaller encoders: one teacher forward pass per batch, each student in turn
+"""Distill a frozen teacher into smaller encoders: one teacher forward pass per batch, each student in turn
 (paper, distillation).
 
     python main_distill.py --teacher_model pixio_vitl16 --teacher_pretrained pixio_vitl16.pth \\
@@ -49,7 +49,7 @@ from pixio.models.health import HealthWatch
 # ---------------------------------------------------------------------------------------------- configuration
 @dataclass(frozen=True)
 class DistillConfig(TrainConfig):
-    """Distil a frozen teacher into smaller encoders. "Per student": one value for all, or one for each."""
+    """Distill a frozen teacher into smaller encoders. "Per student": one value for all, or one for each."""
 
     teacher_model: str = option("pixio_vit5b16", "pixio_…, timm/NAME or hf/FOLDER")
     teacher_pretrained: str | None = option(None, "weight file of the teacher; hf/FOLDER has its own")

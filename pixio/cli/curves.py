@@ -108,7 +108,7 @@ def _dots(axis: Axes, points: Series, name: str) -> None:
 
 
 def _moving_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of each `window` neighbours, without those that are NaN."""
+    """Mean of each `window` neighbors, without those that are NaN."""
     known, ones = np.isfinite(values), np.ones(window)
     sums = np.convolve(np.where(known, values, 0), ones, "valid")
     return sums / np.maximum(np.convolve(known, ones, "valid"), 1)

@@ -124,7 +124,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Scenes:
-    """Render labelled indoor scenes in the layout of a real data set."""
+    """Render labeled indoor scenes in the layout of a real data set."""
 
     example = "imagenet-tars data/scenes --train 2000 --val 200 --size 128"
     layout: str = option(help="{choices}", positional=True, choices="pixio.synthetic.trees:LAYOUTS")

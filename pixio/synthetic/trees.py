@@ -267,7 +267,7 @@ def _encode(image: np.ndarray, image_format: str, **options: int) -> bytes:
 
 
 def _sparse_depth(depth: np.ndarray, seed: int) -> np.ndarray:
-    """Metres x 256, and 0 where a laser would see nothing: the upper third and 55 % of the rest."""
+    """Meters x 256, and 0 where a laser would see nothing: the upper third and 55 % of the rest."""
     values = np.rint(depth * (KITTI_DEPTH_SCALE * 256)).astype(np.uint16)
     values[np.random.default_rng([2, seed]).random(depth.shape) < 0.55] = 0
     values[: len(values) // 3] = 0
