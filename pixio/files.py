@@ -81,6 +81,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def parts_of(content: Any, limit: int) -> Iterator[Any]:
+    """All values inside of what an unpickler returned: of mappings, lists and tuples, at any depth.
+
+    Args:
+        content: may refer to one object many times, or to itself: a few bytes then unfold without end.
+        limit: parts that there may be; in an honest file each takes a byte or more.
+
+    Raises:
+        ValueError: there are more.
+    """
+    waiting, found = [content], 0
+    while waiting:
+        part = waiting.pop()
+        yield part
+        inner = part.values() if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else ()
+        found += len(inner)
+        if found > limit:
+            raise ValueError(f"its values refer to one another: they unfold to more than {limit:,} parts")
+        waiting += inner
+
+
 def file_in(folder: Path, name: str) -> Path:
     """The path of a file in a folder that may come from anybody; the file need not exist.
 

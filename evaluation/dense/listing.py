@@ -1,6 +1,7 @@
 """Which image belongs to which target (depth or mask): published splits, a user's folders, split files."""
 
 import codecs
+import errno
 import functools
 import re
 from collections.abc import Callable, Iterable
@@ -30,7 +31,12 @@ def finder(root: Path) -> Callable[[str], bool]:
     @functools.cache
     def names(folder: str) -> set[str]:
         place = root / folder
-        return {entry.name for entry in place.iterdir()} if place.is_dir() else set()
+        try:
+            return {entry.name for entry in place.iterdir()} if place.is_dir() else set()
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            return set()
 
     return lambda path: path.rpartition("/")[2] in names(path.rpartition("/")[0])
 

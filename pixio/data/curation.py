@@ -110,14 +110,18 @@ def write_statistics(path: str | Path, records: dict[str, dict[str, Any]]) -> No
     for name, record in records.items():
         if "error" not in record:
             record = known.get(name, {}) | record
-            records[name] = {key: record[key] for key in chain(*SCORES.values()) if key in record}
+            records[name] = {
+                key: record[key] for key in chain(*SCORES.values()) if has_scores(record, (key,))
+            }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(records, allow_nan=False))
 
 
 def has_scores(record: Any, keys: Sequence[str]) -> bool:
-    """Whether what the statistics hold for an image has a number under each key."""
-    return isinstance(record, dict) and all(isinstance(record.get(key), int | float) for key in keys)
+    """Whether what the statistics hold for an image has a finite number under each key."""
+    return isinstance(record, dict) and all(
+        isinstance(value := record.get(key), int | float) and abs(value) < math.inf for key in keys
+    )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Where the images of a tar lie in it, from its headers alone."""
 
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
@@ -10,6 +11,12 @@ from pixio.images.listing import IMAGE_SUFFIXES, is_junk
 
 MAX_BYTES = 1 << 29  # of one encoded image; what is larger is no photograph
 
+MAX_HEADER = 1 << 20  # of the long name and other facts of a member
+_ABOUT_NEXT = (
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+)
+_DIGITS = re.compile(rb"\d{256}")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -73,9 +80,8 @@ def index_tar(file: BinaryIO, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Tar
                         extents[member.offset_data] = sparse
     except OSError as error:  # of the disk: the tar may be whole
         raise DamagedDataError(f"not a readable tar: {error}") from error
-    except (tarfile.TarError, MemoryError, ValueError, EOFError, OverflowError, RecursionError) as error:
-        # a MemoryError, without a text, is what a long name of impossible size gives
-        damage = str(error) or "a header claims an impossible size"
+    except Exception as error:  # a header that makes no sense fails anywhere inside of tarfile
+        damage = str(error) or f"a header makes no sense ({type(error).__name__})"
     if not entries and damage:
         raise DamagedDataError(f"not a readable tar: {damage}")
     left_out = f"{links:,} are links, which tar --dereference and --hard-dereference replace by their files"
@@ -89,13 +95,29 @@ def index_tar(file: BinaryIO, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Tar
     return TarIndex(entries, extents, "; ".join(losses))
 
 
+class _Header(tarfile.TarInfo):
+    """A header that is looked at before tarfile reads all of what it says belongs to it."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:  # where tarfile lets subclasses in
+        if self.type in _ABOUT_NEXT:
+            if not 0 <= self.size <= MAX_HEADER:
+                raise DamagedDataError(
+                    f"a header of {self.size:,} bytes of names and the like, above {MAX_HEADER:,}"
+                )
+            place = tar.fileobj.tell()
+            if _DIGITS.search(tar.fileobj.read(self.size)):  # before Python 3.11.10 it takes their square
+                raise DamagedDataError("a header holds a number of hundreds of digits")
+            tar.fileobj.seek(place)
+        return super()._proc_member(tar)  # type: ignore[misc]
+
+
 def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     """All members of all tars that follow one another in a file; nothing but zeros lies between them."""
     start: int | None = 0
     end = os.fstat(file.fileno()).st_size
     while start is not None:
         file.seek(start)
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
             last = start - 1
             for member in tar:
                 sparse = _sparse(member)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pixio.dense.heads import KINDS, head_blocks, make_head
 from pixio.dense.outputs import Classes, Depth, Output
 from pixio.files import write_atomic
+from pixio.images.targets import IGNORE
 from pixio.models.external import depth_of, fingerprint, load_encoder
 from pixio.models.registry import from_pretrained
 from pixio.weights.reading import read_file
@@ -120,8 +121,15 @@ class HeadFile:
 
     def make_head(self) -> nn.Module:
         """The head with its weights, in evaluation mode."""
-        head = make_head(*(self.identity[key] for key in ("head", "channels", "outputs")))
-        head.load_state_dict(self.state)
+        sizes = {key: self.identity[key] for key in ("head", "channels", "outputs")}
+        try:
+            with torch.device("meta"):  # nothing is allocated for sizes that the weights do not have
+                head = make_head(*sizes.values())
+            head.load_state_dict({name: value.float() for name, value in self.state.items()}, assign=True)
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"the weights of the head do not fit {sizes}: {' '.join(str(error).split())}"
+            ) from None
         return head.eval()
 
 
@@ -143,15 +151,19 @@ def read_head(path: str | Path) -> HeadFile:
     if not isinstance(identity, dict) or identity.get("head") not in KINDS:
         raise ValueError(
             f"{path} is not a head.pth of eval_monodepth.py or eval_semseg.py: its keys are "
-            f"{', '.join(content)[:80]}"
+            f"{', '.join(map(str, content))[:80]}"
         )
-    kind = Depth if identity["task"] == Depth.task else Classes
-    if "output" in content:
-        output = kind(**content["output"])
-    elif kind is Depth:
-        output = Depth(_NEAREST, identity["max_depth"])
-    else:
-        output = Classes.of(tuple(f"class {c}" for c in range(identity["outputs"])))
     told = ("encoder", "pretrained", "block_ids", "patch_size", "window")
-    state, epoch = content["state"], content["epoch"]
+    try:
+        kind = Depth if identity["task"] == Depth.task else Classes
+        if "output" in content:
+            output = kind(**content["output"])
+        elif kind is Depth:
+            output = Depth(_NEAREST, identity["max_depth"])
+        else:
+            output = Classes.of(tuple(f"class {c}" for c in range(min(identity["outputs"], IGNORE))))
+        state, epoch = content["state"], content["epoch"]
+        identity["encoder_sha256"], identity["channels"], identity["outputs"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or no head file: {type(error).__name__} {error}") from None
     return HeadFile(identity, state, epoch, output, **{key: content.get(key) for key in told})

@@ -32,6 +32,7 @@ from pixio.files import write_text
 
 Config = TypeVar("Config")
 _HOLDS = {"gt": operator.gt, "ge": operator.ge, "lt": operator.lt, "le": operator.le}
+_MAX_YAML, _MAX_ALIASES, _MAX_DEPTH = 1 << 16, 16, 16  # bytes; references to earlier values; nesting
 _LIMITS = {"gt": "above", "ge": "of at least", "lt": "below", "le": "of at most"}
 
 
@@ -229,7 +230,7 @@ class _Option:
         """
         hint, label = hint or self.hint, label or self.label
         kind, arguments = _kind(hint)
-        wrong = ValueError(f"{label} must be {self.describe(hint)}, found {_show(value)}")
+        wrong = ValueError(f"{label} must be {self.describe(hint)}, found {_show(value):.200}")
         if _optional(hint) and (value is None or (label == self.label and value in ("none", ["none"]))):
             return None
         if kind is tuple:
@@ -295,18 +296,30 @@ def _read_yaml(path: str | os.PathLike, options: dict[str, _Option]) -> dict[str
     """Values of a YAML file by field name, checked also where the command line will win."""
     import yaml  # needed only where a file is named
 
+    if (size := os.stat(path).st_size) > _MAX_YAML:
+        raise ValueError(f"{path} has {size:,} bytes, a configuration at most {_MAX_YAML:,}")
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = Path(path).read_text(encoding="utf-8")
+        aliases = depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            aliases += isinstance(event, yaml.AliasEvent)
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if aliases > _MAX_ALIASES or depth > _MAX_DEPTH:  # aliases can double what the others unfold to
+                raise ValueError(f"more than {_MAX_ALIASES} aliases or {_MAX_DEPTH} lists in one another")
+        content = yaml.safe_load(text)
+    except OSError:
+        raise
+    except Exception as error:  # beside its own errors, those of whatever a value was taken for (a date, say)
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold `key: value` lines, found {_show(content)}")
+        raise ValueError(f"{path} must hold `key: value` lines, found {_show(content):.200}")
     known = {name: each for name, each in options.items() if name != "config"}
     known |= {alias: each for each in options.values() for alias in each.names[1:]}
     values = {}
     for key, value in content.items():
         if key not in known:
-            raise ValueError(f"unknown key {key} in {path}{_nearest(str(key), known)}")
+            raise ValueError(f"unknown key {key!s:.200} in {path}{_nearest(str(key), known)}")
         if known[key].name in values:
             raise ValueError(f"{key} in {path} is given twice, under two names")
         values[known[key].name] = known[key].convert(value, f"{key} in {path}")

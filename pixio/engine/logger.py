@@ -223,7 +223,7 @@ class _Lines:
             for line in path.read_bytes().splitlines(keepends=True):
                 try:
                     keep = json.loads(line)["step"] <= last_step
-                except (ValueError, KeyError, TypeError):  # cut off by a kill
+                except (ValueError, KeyError, TypeError, RecursionError):  # cut off by a kill, or damaged
                     keep = False
                 if keep and line.endswith(b"\n"):
                     kept.append(line)

@@ -244,11 +244,17 @@ class FeatureStore:
         """Join the indices of all parts; returns a line on each image that cannot be read."""
         index = self.folder / INDEX
         if changed or not index.exists():
-            texts = [self._path(number, "jsonl").read_text() for number in range(len(self.parts))]
-            write_text(index, "".join(texts))
-        with open(index, encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines if '"error"' in line]
-        return [f"{row['image']}: {row['error']}" for row in rows if "error" in row]
+            texts = [self._path(number, "jsonl").read_bytes() for number in range(len(self.parts))]
+            write_atomic(index, lambda file: file.writelines(texts))
+        try:
+            with open(index, encoding="utf-8") as lines:
+                rows = [json.loads(line) for line in lines if '"error"' in line]
+            return [f"{row['image']}: {row['error']}" for row in rows if "error" in row]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"{index} is damaged ({type(error).__name__}: {error}): delete {self.folder}, "
+                "and it is computed again"
+            ) from None
 
     def _path(self, number: int, suffix: str) -> Path:
         return self.folder / f"part_{number:06d}.{suffix}"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pixio.images import png
+from pixio.images import jpeg, png
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning level: a quarter of a GiB once decoded to RGB
 FORMATS = ("JPEG", "PNG", "WEBP")  # nothing else is worth handing hostile bytes to
@@ -49,6 +49,8 @@ def decode(data: bytes, upright: bool = True, max_pixels: int | None = None) -> 
     """
 
     def rgb(image: Image.Image) -> Image.Image:
+        if data.startswith(b"\xff\xd8") and jpeg.too_many_scans(data):
+            raise DamagedDataError(f"a JPEG of more than {jpeg.MAX_SCANS} scans")
         turn = _UPRIGHT.get(orientation(image.info.get("exif"))) if upright else None
         image = to_rgb(image)
         return image.transpose(turn) if turn is not None else image

@@ -17,7 +17,8 @@ try:
 except ImportError:  # no wheel for this platform
     simplejpeg = None
 
-_BASELINE, _PROGRESSIVE = (0xC0, 0xC1), (0xC2,)
+MAX_SCANS = 100  # encoders make about ten; each takes 25 ms of an image of MAX_PIXELS
+_BASELINE, _PROGRESSIVE, _SCAN = (0xC0, 0xC1), (0xC2,), 0xDA
 
 
 class Frame(NamedTuple):
@@ -35,25 +36,38 @@ def read_frame(data: bytes) -> Frame | None:
     """Find the frame header of an 8-bit gray or color JPEG; None for anything that is not plainly one."""
     if data[:2] != b"\xff\xd8":
         return None
-    at, exif = 2, None
+    at, exif, channels = 2, None, 0
+    frame: Frame | None = None
     while at + 10 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == _SCAN:
+            if frame is None or (
+                not (frame.baseline and data[at + 4] == channels) and too_many_scans(data)
+            ):  # of a baseline JPEG whose first scan has all channels the others are not read
+                return None
+            return frame._replace(exif=exif)
         if marker in _BASELINE + _PROGRESSIVE:
             height, width = (int.from_bytes(data[at + i : at + i + 2], "big") for i in (5, 7))
             samplings = data[
                 at + 11 : at + 10 + 3 * data[at + 9] : 3
             ]  # of each channel: horizontal, vertical
-            if data[at + 4] != 8 or len(samplings) not in (1, 3) or not height or not width:
+            channels = len(samplings)
+            if frame or data[at + 4] != 8 or channels not in (1, 3) or not height or not width:
                 return None
             unit = 8 * max(1, *(sampling & 15 for sampling in samplings))
-            return Frame(width, height, marker in _BASELINE, at, unit, exif)
-        if not (0xC4 <= marker <= 0xFE) or 0xD0 <= marker <= 0xDA:  # a frame of another kind, or no segment
+            frame = Frame(width, height, marker in _BASELINE, at, unit, exif)
+        elif not (0xC4 <= marker <= 0xFE) or 0xD0 <= marker <= 0xD9:  # another kind of frame, or no segment
             return None
         if marker == 0xE1:
             segment = data[at + 4 : at + 2 + length]
             exif = segment if segment.startswith(b"Exif\0\0") else exif
         at += 2 + length
     return None
+
+
+def too_many_scans(data: bytes) -> bool:
+    """Whether a JPEG goes over its pixels so often that a small file takes minutes to decode."""
+    return data.count(bytes((0xFF, _SCAN))) > MAX_SCANS
 
 
 def decode_rows(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pixio.files import file_in, read_json
+from pixio.files import file_in, parts_of, read_json
 from pixio.weights import key_mapping
 from pixio.weights.key_mapping import State
 from pixio.weights.loading import infer_sizes, some
@@ -22,6 +22,7 @@ from pixio.weights.wrappers import split_state
 _NAME = re.compile(r"enc(\d+)x(\d+)h(\d+)_dec(\d+)x(\d+)h(\d+)$")
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_MAX_SHARING = 4  # tensors may share what is stored, as tied weights do
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -94,7 +95,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
             f"{path}: {what}; only tensors and plain containers are loaded, because pickles can run code; "
             "ask whoever made it for a file of its state dict alone"
         ) from None
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # a damaged file can fail anywhere inside the readers
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{path} ({path.stat().st_size:,} bytes) is not a readable weight file, perhaps cut off while "
@@ -102,7 +103,24 @@ def read_file(path: str | Path) -> dict[str, Any]:
         ) from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a state dict or a checkpoint")
+    _check_size(content, path)
     return content
+
+
+def _check_size(content: dict[str, Any], path: Path) -> None:
+    """Refuse what is much larger in memory than in its file: views of a few numbers, repeated without end."""
+    size, asked = path.stat().st_size, 0
+    try:
+        for part in parts_of(content, size):
+            if isinstance(part, torch.Tensor) and part.layout == torch.strided:
+                asked += part.numel() * part.element_size()
+    except ValueError as error:
+        raise ValueError(f"{path} is not a weight file: {error}") from None
+    if asked > _MAX_SHARING * size:
+        raise ValueError(
+            f"{path} is not a weight file: its tensors would take {asked:,} bytes, the file has {size:,}; "
+            "save them as contiguous copies"
+        )
 
 
 def _check_kind(path: Path) -> None:
@@ -130,8 +148,11 @@ def _check_kind(path: Path) -> None:
 
 
 def _is_torchscript(path: Path) -> bool:
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except Exception:  # damaged, as its reader will say
+        return False
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -1,0 +1,210 @@
+"""A campaign of faults: nothing may be lost, executed or half written.
+
+    OMP_NUM_THREADS=1 PYTHONPATH=evaluation python benchmarks/faults.py hostile --inputs 10000
+
+`hostile` damages the files of every reader of foreign bytes. Each input must give a result or an exception
+that the reader documents, within SECONDS, with at most MEMORY more than before, execute nothing and write
+nothing outside of its folder. Prints a table and writes it, as JSON, into --output, beside the numbers of the
+inputs that failed (an input is a function of its number); begun again it goes on where it was.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from hostile import READERS, Reader, damaged
+from weight_seeds import MARKER
+
+from pixio.files import read_json, write_json
+
+SECONDS = 10.0  # for one input
+MEMORY = 1 << 30  # bytes of address space that a reader may ask for beyond what the process had
+ROOT = Path(__file__).resolve().parents[1]
+_EVENTS = (
+    "os.remove",
+    "os.rename",
+    "os.mkdir",
+    "os.rmdir",
+    "os.link",
+    "os.symlink",
+    "os.chmod",
+    "shutil.rmtree",
+)
+_NEVER = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "socket.connect")
+
+
+class Watch:
+    """Notes what the process does that no reader may: it starts programs, connects, or writes outside."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.seen, self.on = str(folder), list[str](), False
+        sys.addaudithook(self._hear)
+
+    def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self.on:
+            return
+        if event == "open":
+            path, mode, flags = arguments
+            writes = (
+                (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+                if mode is None
+                else set("wax+") & set(mode)
+            )
+            if not writes or not isinstance(path, (str, bytes, os.PathLike)):
+                return
+        elif event not in _EVENTS + _NEVER:
+            return
+        places = [
+            os.path.abspath(os.fsdecode(part))
+            for part in arguments[:2]
+            if isinstance(part, (str, bytes, os.PathLike))
+        ]
+        inside = event not in _NEVER and all(
+            place.startswith(self.folder) for place in places[: 1 if event == "open" else 2]
+        )
+        if not inside and places[:1] != ["/dev/null"]:
+            self.seen.append(f"{event} {places}")
+
+
+def attempt(reader: Reader, seed: dict[str, bytes], folder: Path, watch: Watch) -> str | None:
+    """Give a reader one input; returns what is wrong with what it did, else None."""
+    for file in folder.iterdir():
+        if file.is_file() and file.name not in seed:
+            file.unlink()
+    for name, data in seed.items():
+        (folder / name).write_bytes(data)
+    watch.on = True
+    try:
+        reader.read(folder)
+    except reader.refuses:
+        pass
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [frame for frame in frames if f"{ROOT}/" in frame.filename and "/.venv/" not in frame.filename]
+        place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "?"
+        return f"{type(error).__name__} at {place}: {' '.join(str(error).split())[:160]}"
+    finally:
+        watch.on = False
+    if (folder / MARKER).exists() or watch.seen:
+        found, watch.seen = watch.seen, []
+        return f"executed or written outside: {found}"
+    return None
+
+
+def run_inputs(
+    reader: Reader, seeds: list[dict[str, bytes]], name: str, start: int, stop: int, progress: Any, file: Path
+) -> None:
+    """A child: inputs `start` to before `stop`; appends findings to `file`, a line each."""
+    sys.dont_write_bytecode = True
+    with TemporaryDirectory() as made:
+        folder = Path(made).resolve()
+        os.chdir(folder)
+        watch = Watch(folder)
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+        base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with open(file, "a") as findings, open(os.devnull, "w") as quiet:
+            os.dup2(quiet.fileno(), 1)  # what readers tell users
+            os.dup2(quiet.fileno(), 2)
+            for number in range(start, stop):
+                seed = damaged(reader, seeds, number, name)
+                begin = time.perf_counter()
+                progress[0] = number
+                wrong = attempt(reader, seed, folder, watch)
+                progress[1] = max(progress[1], time.perf_counter() - begin)
+                progress[2] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024
+                if wrong:
+                    findings.write(json.dumps({"number": number, "what": wrong}) + "\n")
+                    findings.flush()
+    progress[0] = stop
+
+
+def watch_over(reader: Reader, name: str, start: int, stop: int, file: Path) -> dict[str, float]:
+    """Run inputs in children; one that dies or hangs is a finding, and the next goes on behind it."""
+    slowest = memory = 0.0
+    began = time.perf_counter()
+    context, seeds = multiprocessing.get_context("fork"), reader.seeds()
+    while start < stop:
+        progress = context.Array("d", [start, 0, 0], lock=False)
+        child = context.Process(target=run_inputs, args=(reader, seeds, name, start, stop, progress, file))
+        child.start()
+        at, since = start, time.monotonic()
+        while child.is_alive():
+            child.join(0.2)
+            if progress[0] != at:
+                at, since = progress[0], time.monotonic()
+            elif time.monotonic() - since > SECONDS:
+                child.kill()
+                child.join()
+        slowest, memory = max(slowest, progress[1]), max(memory, progress[2])
+        start = int(progress[0])
+        if start < stop:
+            hung = child.exitcode == -signal.SIGKILL
+            what = f"no end within {SECONDS:g} s" if hung else f"the process died ({child.exitcode})"
+            with open(file, "a") as findings:
+                findings.write(json.dumps({"number": start, "what": what}) + "\n")
+            start += 1
+    return {"seconds": time.perf_counter() - began, "slowest": slowest, "memory": memory}
+
+
+def hostile(output: Path, inputs: int, only: list[str]) -> list[dict[str, Any]]:
+    """Inputs of all readers; returns a row for each."""
+    assert only == [] or set(only) <= READERS.keys(), f"readers are {', '.join(READERS)}"
+    rows = []
+    for name, reader in READERS.items():
+        if only and name not in only:
+            continue
+        file = output / f"{name.replace(' ', '_')}.json"
+        findings = file.with_suffix(".findings")
+        row = read_json(file) if file.exists() else {"reader": name, "inputs": 0, "seconds": 0.0}
+        wanted = -(-inputs // 10) if reader.slow else inputs
+        while row["inputs"] < wanted:
+            stop = min(row["inputs"] + 5_000, wanted)
+            ran = watch_over(reader, name, row["inputs"], stop, findings)
+            row |= {"inputs": stop, "seconds": row["seconds"] + ran.pop("seconds")}
+            row |= {key: max(row.get(key, 0.0), value) for key, value in ran.items()}
+            lines = findings.read_text().splitlines() if findings.exists() else []
+            row["findings"] = len(lines)
+            kinds: dict[str, list[int]] = {}
+            for line in map(json.loads, lines):
+                kinds.setdefault(line["what"].partition(": ")[0], []).append(line["number"])
+            row["kinds"] = {what: numbers[:3] for what, numbers in kinds.items()}
+            write_json(file, row)
+        rows.append(row)
+        print(
+            f"| {name} | {row['inputs']:,} | {row['findings']} | {row['slowest']:.2f} s | "
+            f"{row['memory']:.0f} MB | "
+            f"{row['seconds']:.0f} s |"
+            + "".join(f"\n    {what} {numbers}" for what, numbers in row["kinds"].items()),
+            flush=True,
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=("hostile",))
+    parser.add_argument("--inputs", type=int, default=10_000, help="of each reader; a tenth for slow ones")
+    parser.add_argument("--only", nargs="*", default=[], help="names of readers")
+    parser.add_argument("--output", type=Path, default=Path("runs/faults"))
+    given = parser.parse_args()
+    given.output = given.output.resolve()
+    given.output.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    hostile(given.output, given.inputs, given.only)
+
+
+if __name__ == "__main__":
+    main()
