@@ -26,7 +26,7 @@ from PIL import Image
 from weight_seeds import ALONE, Bomb, Seed
 
 import pixio
-from pixio.cli.drawing import save_curves
+from pixio.cli.curves import save_curves
 from pixio.cli.report import write_report
 from pixio.data.curation import Curation, has_scores, read_statistics, write_statistics
 from pixio.data.tar_index import index_tar, read_member
