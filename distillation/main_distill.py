@@ -12,28 +12,26 @@ The same command resumes a run that was stopped. `--output_dir` receives `log.js
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
+from distill_config import DistillConfig
 from feature_cache import CachedBatches, open_cache
-from students import Batch, Objective, Student, StudentTrainer, exports_of, student_metrics
-from teachers import check_teacher, load_teacher, teacher_tokens
+from students import Batch, exports_of, make_trainer, student_metrics
+from teachers import load_teacher, teacher_tokens
 from token_losses import Tokens
-from torch import Tensor, nn
+from torch import Tensor
 
 import pixio
 from pixio.data import DataError, Loader, open_stream
 from pixio.engine.checkpoint import Checkpoints, Interval
-from pixio.engine.config import option, parse
+from pixio.engine.config import parse
 from pixio.engine.optim import set_lr
 from pixio.engine.prefetch import Prefetch
 from pixio.engine.runtime import Runtime
 from pixio.engine.signals import Preempted
 from pixio.engine.step import Agreement, NonFiniteLoss, apply_gradients, compute_gradients
 from pixio.engine.training import (
-    TrainConfig,
     collect_garbage,
     is_finished,
     run_program,
@@ -46,71 +44,6 @@ from pixio.images.normalization import normalize
 from pixio.models.health import HealthWatch
 
 
-# ---------------------------------------------------------------------------------------------- configuration
-@dataclass(frozen=True)
-class DistillConfig(TrainConfig):
-    """Distill a frozen teacher into smaller encoders. "Per student": one value for all, or one for each."""
-
-    teacher_model: str = option("pixio_vit5b16", "pixio_…, timm/NAME or hf/FOLDER")
-    teacher_pretrained: str | None = option(None, "weight file of the teacher; hf/FOLDER has its own")
-    resize_teacher: bool = option(False, "interpolate the map of a teacher with another patch size")
-    feature_cache: str | None = option(None, "folder: compute teacher features once, without augmentation")
-    student_models: tuple[str, ...] = option(
-        ("pixio_vit1b16", "pixio_vith16"), "encoders to train, see `pixio info`", aliases=("student_model",)
-    )
-    init_students: tuple[str, ...] | None = option(
-        None, "files to start from, one per student: encoders, or the release's STUDENT_latest.pth"
-    )
-    n_cls_tokens: int | None = option(
-        None, "class tokens of the students; by default the teacher's number (Pixio: 8)", ge=1
-    )
-    loss_fn_cls: Literal["none", "cosine", "l1", "mse"] = option("cosine", "between class tokens")
-    loss_fn_patch: Literal["cosine", "l1", "mse"] = option("cosine", "between patch tokens")
-    loss_fuse: Literal["sum", "avg"] = option("avg", "terms weigh the same (avg), or tokens do (sum)")
-    mask_ratio: tuple[float, ...] = option(
-        (0.5,), "share of masked cells, per student; 0 = whole images", ge=0, lt=1
-    )
-    mask_grid: int = option(4, "side of a masked cell in patches", ge=1)
-    share_masks: bool = option(False, "draw one mask for all students (nested where ratios differ)")
-    drop_path: tuple[float, ...] = option(
-        (0.0,), "stochastic depth rate of the last block, per student", ge=0, lt=1
-    )
-    drop_path_mode: Literal["exact", "skip"] = option(
-        "exact", "drop for each image by chance, or skip the work of a fixed number of images"
-    )
-    num_workers: int = option(10, "loading processes per rank", ge=0)
-    lr: tuple[float, ...] | None = option(
-        None, "peak learning rate, per student; by default from --blr", gt=0
-    )
-    blr: tuple[float, ...] = option((1e-3,), "peak learning rate per 256 images of a step, per student", gt=0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        names, known = self.student_models, pixio.list_models()
-        if not names or len(set(names)) < len(names) or not set(names) <= set(known):
-            remedy = f"must name different encoders of {', '.join(known)}"
-            raise ValueError(f"--student_models {remedy}; found {' '.join(names) or 'none'}")
-        for name in ("mask_ratio", "drop_path", "lr", "blr"):
-            values = getattr(self, name)
-            if values is not None and len(values) not in (1, len(names)):
-                remedy = f"takes one value for all or {len(names)}, one for each student"
-                raise ValueError(f"--{name} {remedy}; found {len(values)}")
-        if self.init_students is not None and len(self.init_students) != len(names):
-            raise ValueError(f"--init_students takes {len(names)} files, found {len(self.init_students)}")
-
-    def of(self, student: int, name: str) -> float:
-        """The value of a per-student option for one of the students."""
-        values = getattr(self, name)
-        return values[student if len(values) > 1 else 0]
-
-    def peak_lr(self, world_size: int, student: int = 0) -> float:
-        """--lr, or --blr scaled linearly with the images of a step, of one of the students."""
-        if self.lr is not None:
-            return self.of(student, "lr")
-        return self.of(student, "blr") * self.images_per_step(world_size) / 256
-
-
-# ---------------------------------------------------------------------------------------------- the run
 def distill(config: DistillConfig, runtime: Runtime) -> None:
     """Train until the last step; saves on the way, and before it raises `NonFiniteLoss` or `Preempted`."""
     output = Path(config.output_dir)
@@ -219,41 +152,6 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
         save(error.step)
         raise
     log.close()
-
-
-def make_trainer(config: DistillConfig, runtime: Runtime, teacher: nn.Module, i: int) -> StudentTrainer:
-    """The `i`-th student with its own optimizer, schedule, depth and masks.
-
-    Raises:
-        ValueError: its tokens cannot be compared with the teacher's, or a file to start from does not fit.
-    """
-    name = config.student_models[i]
-    n_cls_tokens = config.n_cls_tokens or teacher.n_cls_tokens or 8
-    runtime.seed(config.seed, 0, name)
-    encoder = pixio.create_model(
-        name,
-        img_size=config.input_size,
-        n_cls_tokens=n_cls_tokens,
-        drop_path=config.of(i, "drop_path"),
-        drop_path_mode=config.drop_path_mode,
-    )
-    compared = n_cls_tokens if config.loss_fn_cls != "none" else 0
-    check_teacher(teacher, config.input_size, encoder.patch_size, compared, config.resize_teacher)
-    student = Student(encoder, teacher.embed_dim)
-    if config.init_students:
-        student.load(config.init_students[i])
-    losses = {key: getattr(config, key) for key in ("loss_fn_cls", "loss_fn_patch", "loss_fuse")}
-    objective = Objective(encoder.grid, config.of(i, "mask_ratio"), config.mask_grid, losses)
-    return StudentTrainer(
-        name,
-        student,
-        objective,
-        config.peak_lr(runtime.world_size, i),
-        runtime,
-        config.weight_decay,
-        config.grad_checkpointing,
-        config.compile,
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

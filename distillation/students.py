@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from distill_config import DistillConfig
+from teachers import check_teacher
 from token_losses import TokenLoss, Tokens, token_loss
 from torch import Tensor, nn
 
+import pixio
 from pixio.engine.checkpoint import restore
 from pixio.engine.optim import make_adamw
 from pixio.engine.runtime import Runtime
@@ -230,3 +233,38 @@ def _export(name: str, prefix: str, state: dict[str, Any]) -> dict[str, Tensor]:
     """The encoder or the projector of a student, both under the released keys."""
     weights = state["students"][name]["model"]
     return {key.removeprefix("encoder."): value for key, value in weights.items() if key.startswith(prefix)}
+
+
+def make_trainer(config: DistillConfig, runtime: Runtime, teacher: nn.Module, i: int) -> StudentTrainer:
+    """The `i`-th student with its own optimizer, schedule, depth and masks.
+
+    Raises:
+        ValueError: its tokens cannot be compared with the teacher's, or a file to start from does not fit.
+    """
+    name = config.student_models[i]
+    n_cls_tokens = config.n_cls_tokens or teacher.n_cls_tokens or 8
+    runtime.seed(config.seed, 0, name)
+    encoder = pixio.create_model(
+        name,
+        img_size=config.input_size,
+        n_cls_tokens=n_cls_tokens,
+        drop_path=config.of(i, "drop_path"),
+        drop_path_mode=config.drop_path_mode,
+    )
+    compared = n_cls_tokens if config.loss_fn_cls != "none" else 0
+    check_teacher(teacher, config.input_size, encoder.patch_size, compared, config.resize_teacher)
+    student = Student(encoder, teacher.embed_dim)
+    if config.init_students:
+        student.load(config.init_students[i])
+    losses = {key: getattr(config, key) for key in ("loss_fn_cls", "loss_fn_patch", "loss_fuse")}
+    objective = Objective(encoder.grid, config.of(i, "mask_ratio"), config.mask_grid, losses)
+    return StudentTrainer(
+        name,
+        student,
+        objective,
+        config.peak_lr(runtime.world_size, i),
+        runtime,
+        config.weight_decay,
+        config.grad_checkpointing,
+        config.compile,
+    )

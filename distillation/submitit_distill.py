@@ -8,7 +8,7 @@ Takes the options of `main_distill.py` and those of the launcher (`--help` lists
 from dataclasses import dataclass
 from pathlib import Path
 
-from main_distill import DistillConfig
+from distill_config import DistillConfig
 
 from pixio.engine.config import parse
 from pixio.engine.slurm import LaunchConfig, launch

@@ -466,7 +466,7 @@ def test_another_run_is_not_resumed_into_a_folder(folder, masked_run, monkeypatc
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--student_models pixio_vitz16", "must name different encoders of pixio_vitfemto16"),
+        ("--student_models pixio_vitz16", "must name different encoders of pixio_vit"),
         (f"--student_model {PICO} {PICO}", "must name different encoders"),
         (
             "--mask_ratio 0.5 0.5 0.5",
