@@ -60,6 +60,8 @@ BINDINGS = {  # pattern -> what stands for it here, in this order
     r"\[7, 15, 23, 31\]": "[0, 1, 2, 3]",
     r'device="cuda", dtype="bf16"': 'device="cpu", dtype="fp32"',
     r"((?:launch_\w+|run_all)\.sh .*)\bpixio_vith16 ": rf"\1{ENCODER} ",
+    r"--train_blocks 8": "--train_blocks 1",
+    r"\bheld_out\b": "photos",
 }
 SHORTER = {  # pattern -> flags put behind; the first that fits
     r"scripts/\S*(imagenet|webdata|ablation)\.sh": "--dry_run",  # SLURM
@@ -69,6 +71,7 @@ SHORTER = {  # pattern -> flags put behind; the first that fits
     r"scripts/pretrain_\S*(cpu|onegpu)\.sh|main_pretrain\.py (?!--help)": f"{TRAIN} --model {MAE}",
     r"launch_(monodepth|semseg)\.sh|eval_(monodepth|semseg)\.py": f"{DENSE} {SMALL}",
     r"launch_knn\.sh|eval_knn\.py": f"{KNN} {SMALL}",
+    r"launch_classify\.sh|eval_classify\.py": f"--epochs 1 --batch_size 2 --input_size 64 {SMALL}",
     r"curate\.py --": "--device cpu --num_workers 1",
 }
 PYTHON_START = """\
