@@ -9,7 +9,7 @@ images of a batch.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,7 +61,7 @@ class CachedBatches:
         self.rank, self.world_size, self.seen = rank, world_size, seen
         self.counts: Counter[str] = Counter()
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Generator[dict[str, Tensor], None, None]:
         n, size, number, order = len(self.cache.images), self.stream.batch_size, -1, []
         while True:
             rows = []

@@ -151,6 +151,8 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
     except NonFiniteLoss as error:  # known a step later; the weights are those before it
         save(error.step)
         raise
+    finally:
+        batches.close()
     log.close()
 
 

@@ -177,6 +177,8 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
     except NonFiniteLoss as error:  # known a step later; the weights are those before it
         save(error.step)
         raise
+    finally:
+        batches.close()
     log.close()
 
 

@@ -246,9 +246,9 @@ def test_a_run_starts_from_a_training_checkpoint_of_the_release(trees, tmp_path,
 
 
 def test_two_ranks_train_and_one_process_takes_over(trees, tmp_path):
-    """torchrun on a CPU: gloo. The second command resumes with another number of ranks."""
+    """torchrun on a CPU: gloo; programs end, and their workers. The second resumes with fewer ranks."""
     flags = [
-        *shlex.split(f"{TINY} {SHORT}"),
+        *shlex.split(f"{TINY} {SHORT} --num_workers 1"),
         *trees["imagenet"],
         "--output_dir",
         str(tmp_path),
@@ -257,7 +257,8 @@ def test_two_ranks_train_and_one_process_takes_over(trees, tmp_path):
     ]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = str(ROOT / "pretraining" / "main_pretrain.py")
-    subprocess.run([*command, script, *flags], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, script, *flags], check=True, env=environment, timeout=300)
     assert [row["images"] for row in log_of(tmp_path)] == [8, 16, 24, 32, 40, 48]
     assert len(checkpoint_of(tmp_path)["data"]) == 2
     main_pretrain.main([*flags, "--epochs", "4"])

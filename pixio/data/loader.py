@@ -14,7 +14,7 @@ import os
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -119,7 +119,7 @@ class Loader:
         if state:
             self._resume(state, new_epoch_if_changed)
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Generator[dict[str, Tensor], None, None]:
         # DataLoader always begins with its worker 0, so that one plays the reader whose turn it is
         readers = [(self._turn + worker) % self._readers for worker in range(self._readers)]
         first = self.rank * self._readers

@@ -1,6 +1,6 @@
 """The batches of a run on their way to the device: copied while the step before is computed."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -16,7 +16,7 @@ class Source(Protocol):
 
     counts: dict[str, int]
 
-    def __iter__(self) -> Iterator[Batch]: ...
+    def __iter__(self) -> Generator[Batch, None, None]: ...
     def state_dict(self) -> Any: ...
     def report(self) -> dict[str, Any]: ...
 
@@ -39,7 +39,7 @@ class Prefetch:
 
     def __init__(self, loader: Source, runtime: Runtime, accum_iter: int, steps: Iterable[int]) -> None:
         self.loader, self.runtime, self.accum_iter = loader, runtime, accum_iter
-        self._batches, self._steps = iter(loader), iter(steps)
+        self._batches, self._steps = loader.__iter__(), iter(steps)
         self._before: dict[int, tuple[Any, dict[str, int]]] = {}  # what `loader` was, the last steps only
         self._ahead = self._read()
 
@@ -53,6 +53,10 @@ class Prefetch:
         batches = take()
         self._ahead = self._read()
         return batches
+
+    def close(self) -> None:
+        """End what reads ahead; worker processes that are left to the interpreter's end would outlive it."""
+        self._batches.close()
 
     def _read(self) -> tuple[Callable[[], list[Batch]], int] | None:
         """The batches of the next step on their way, and its number; None after the last."""
