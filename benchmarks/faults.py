@@ -12,6 +12,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import sys
@@ -76,6 +77,15 @@ class Watch:
             self.seen.append(f"{event} {places}")
 
 
+def _short_of_memory(error: BaseException | None) -> str | None:
+    """What failed for want of memory, also where it was turned into a documented error."""
+    while error is not None:
+        if isinstance(error, MemoryError) or re.search("alloc", str(error)):
+            return f"{type(error).__name__} {error}"[:160]
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def attempt(reader: Reader, seed: dict[str, bytes], folder: Path, watch: Watch) -> str | None:
     """Give a reader one input; returns what is wrong with what it did, else None."""
     for file in folder.iterdir():
@@ -86,8 +96,9 @@ def attempt(reader: Reader, seed: dict[str, bytes], folder: Path, watch: Watch) 
     watch.on = True
     try:
         reader.read(folder)
-    except reader.refuses:
-        pass
+    except reader.refuses as error:
+        if hidden := _short_of_memory(error):
+            return f"asked for too much memory: {hidden}"
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         ours = [frame for frame in frames if f"{ROOT}/" in frame.filename and "/.venv/" not in frame.filename]

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,6 +80,20 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
     return content
+
+
+def check_archive(path: Path) -> None:
+    """Refuse a zip archive that unfolds to more than it is: what torch writes is not compressed.
+
+    Raises:
+        ValueError: it does.
+        zipfile.BadZipFile: it is none.
+    """
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        unfolded = sum(part.file_size for part in archive.infolist())
+    if unfolded > size:
+        raise ValueError(f"a compressed archive, {unfolded:,} bytes in {size:,}")
 
 
 def parts_of(content: Any, limit: int) -> Iterator[Any]:

@@ -48,3 +48,13 @@ def test_statistics_that_are_no_numbers_are_computed_anew(tmp_path):
     write_statistics(tmp_path / "x.json", {"a.jpg": {"histogram_score": 5.0}})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a.jpg": {"height": 3, "histogram_score": 5.0}}
     assert not has_scores(old["a.jpg"], ("width",))
+
+
+def test_memory_that_was_refused_is_seen_behind_a_documented_error(tmp_path):
+    def read(_):
+        try:
+            raise MemoryError
+        except MemoryError:
+            raise ValueError("damaged") from None
+
+    assert "too much memory" in faults.attempt(Reader(read, list), {}, tmp_path, faults.Watch(tmp_path))

@@ -37,7 +37,16 @@ from pixio.engine.tensor_files import (
     take_turns,
     write_tensors,
 )
-from pixio.files import file_in, fsync, parts_of, remove_leftovers, require_free, write_atomic, write_text
+from pixio.files import (
+    check_archive,
+    file_in,
+    fsync,
+    parts_of,
+    remove_leftovers,
+    require_free,
+    write_atomic,
+    write_text,
+)
 
 _CHECKPOINT = re.compile(r"step_(\d{8,})(?:-(\d+))?")
 _POINTER, _VALUES = "latest", "state.pt"
@@ -64,6 +73,7 @@ def read_checkpoint(path: str | os.PathLike, verify: slice = slice(None)) -> dic
         if not (path / _VALUES).is_file():
             raise ValueError(f"it holds no {_VALUES}; a checkpoint is a folder checkpoints/step_… of a run")
         values = file_in(path, _VALUES)
+        check_archive(values)
         with zipfile.ZipFile(values) as archive:
             damaged = archive.testzip()
         if damaged:

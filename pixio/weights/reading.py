@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pixio.files import file_in, parts_of, read_json
+from pixio.files import check_archive, file_in, parts_of, read_json
 from pixio.weights import key_mapping
 from pixio.weights.key_mapping import State
 from pixio.weights.loading import infer_sizes, some
@@ -86,8 +86,10 @@ def read_file(path: str | Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
+        if is_archive := zipfile.is_zipfile(path):
+            check_archive(path)
         with torch.serialization.safe_globals(_ALLOWED_CLASSES):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except pickle.UnpicklingError as error:
         foreign = re.search(r"GLOBAL (\S+)", str(error))
         what = f"the pickle names {foreign[1]}" if foreign else "it is not a pickle of plain weights"
