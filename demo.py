@@ -28,26 +28,31 @@ from benchmarks.probes import (
     probe,
     raw_pixels,
 )
-from pixio.files import write_json, write_text
+from pixio.files import read_json, write_json, write_text
 from pixio.synthetic.scenes import render
 
 OUT = Path("runs/demo")
-SIZE, PATCH, CLASS_TOKENS = 64, 8, 4
+SIZE, PATCH = 64, 8
 PROBE_TRAIN, PROBE_TEST = (TRAIN_SEEDS, 600), (TEST_SEEDS, 300)  # scenes never trained on: first seed, number
 MODEL, DECODER, STUDENT = "pixio_vitfemto8", "enc64x4h2_dec64x2h2", "pixio_vitatto8"
 COMMON = f"""
     --dataset_type imagenet --data_path {OUT}/tars --input_size {SIZE} --crop_scale_min 0.4 --num_workers 1
-    --batch_size 64 --lr 1.5e-3 --iters_per_epoch 100 --warmup_epochs 1 --log_freq 10
+    --batch_size 32 --lr 1e-3 --iters_per_epoch 100 --warmup_epochs 2 --log_freq 20
     --save_steps 0 --save_minutes 1 --save_freq 0
 """
 PRETRAIN = f"""
-    pretraining/main_pretrain.py --model {MODEL}_{DECODER} --n_cls_tokens {CLASS_TOKENS}
-    --norm_pix_loss --mask_ratio 0.75 --mask_grid 2 --epochs 15
-    --val_data {OUT}/held_out --val_freq 100 {COMMON}
+    pretraining/main_pretrain.py --model {MODEL}_{DECODER} --position_init sincos
+    --norm_pix_loss --mask_ratio 0.75 --mask_grid 2 --epochs 25
+    --val_data {OUT}/held_out --val_freq 250 {COMMON}
 """
 DISTILL = f"""
     distillation/main_distill.py --teacher_model {MODEL} --student_models {STUDENT} --mask_ratio 0
-    --epochs 4 {COMMON}
+    --epochs 6 {COMMON}
+"""
+TUNE = f"""
+    evaluation/eval_semseg.py --config evaluation/semseg/configs/loveda_linear.yaml --data_root {OUT}/loveda
+    --encoder {MODEL} --train_blocks all --layer_decay 1 --lr 1e-3 --encoder_lr 1e-3
+    --epochs 15 --eval_freq 15 --crop_size {SIZE} --batch_size 8 --batches_per_step 1 --num_workers 1
 """
 Rows = dict[str, dict[str, list[float]]]  # features -> metric -> a value for each seed
 
@@ -64,6 +69,9 @@ def main() -> None:
     run(f"-m pixio scenes imagenet-tars {OUT}/tars --train 2500 --val 0 {tree}")
     run(f"-m pixio scenes imagenet-folders {OUT}/held_out --train 0 --val 200 --seed 1 {tree}")
 
+    run(f"-m pixio scenes loveda {OUT}/loveda --train 400 --val 200 --seed 2 {tree}")
+    run(f"evaluation/semseg/util/process_loveda.py {OUT}/loveda")
+
     for seed in options.seeds:
         folder = OUT / f"seed{seed}"
         step(f"2. Pre-train a small Pixio, seed {seed}")
@@ -71,8 +79,11 @@ def main() -> None:
         step(f"3. Distil it into a smaller one, seed {seed}")
         teacher = f"--teacher_pretrained {folder}/pretrain/encoder.pth"
         run(f"{DISTILL} {teacher} --seed {seed} --output_dir {folder}/distill")
+        step(f"4. Fine-tune it on 400 labelled scenes, and the same from scratch, seed {seed}")
+        for name, start in (("fine-tuned", f"{folder}/pretrain/encoder.pth"), ("scratch", "none")):
+            run(f"{TUNE} --pretrained_ckp {start} --seed {seed} --output_dir {folder}/{name}")
 
-    step("4. Look at the run, at what it reconstructs, and at its features")
+    step("5. Look at the run, at what it reconstructs, and at its features")
     first, photos = OUT / f"seed{options.seeds[0]}" / "pretrain", write_photos(6)
     checkpoint = first / "checkpoints" / (first / "checkpoints/latest").read_text().strip()
     run(f"-m pixio curves {first} --output {OUT}/curves.png")
@@ -81,10 +92,10 @@ def main() -> None:
     run(f"-m pixio pca {photos} {flags} --smooth --output {OUT}/pca.png")
     run(f"-m pixio features {photos} {flags} --output {OUT}/features.npz")
 
-    step("5. Probe single patch tokens on scenes that no encoder has seen")
-    rows = probe_all(options.seeds)
-    table, verdict = markdown(rows), compare(rows, options.seeds)
-    write_json(OUT / "tables.json", {"seeds": options.seeds, "probes": rows})
+    step("6. Probe single patch tokens on scenes that no encoder has seen")
+    rows, tuned = probe_all(options.seeds), tuning_results(options.seeds)
+    table, verdict = f"{markdown(rows)}\n{markdown(tuned)}", compare(rows, options.seeds)
+    write_json(OUT / "tables.json", {"seeds": options.seeds, "probes": rows, "fine-tuning": tuned})
     write_text(OUT / "tables.md", f"{table}\n{verdict}\n")
     print(
         f"\n{table}\n{verdict}\n\nIn {OUT}: curves.png, reconstruction.png, pca.png, features.npz, tables.md"
@@ -128,7 +139,7 @@ def probe_all(seeds: list[int]) -> Rows:
         torch.manual_seed(seed)
         folder = OUT / f"seed{seed}"
         student = folder / f"distill/encoder_{STUDENT}.pth"
-        views["random encoder"].append(patch_tokens(pixio.create_model(MODEL, n_cls_tokens=CLASS_TOKENS)))
+        views["random encoder"].append(patch_tokens(pixio.create_model(MODEL)))
         views["pre-trained encoder"].append(
             patch_tokens(pixio.from_pretrained(folder / "pretrain/encoder.pth"))
         )
@@ -137,13 +148,22 @@ def probe_all(seeds: list[int]) -> Rows:
     return {name: {m: [one[m] for one in found] for m in found[0]} for name, found in rows.items()}
 
 
+def tuning_results(seeds: list[int]) -> Rows:
+    """Segmentation of held-out scenes by whole networks, from pre-trained and from random weights."""
+    rows: Rows = {}
+    for title, name in (("fine-tuned from pre-trained", "fine-tuned"), ("trained from scratch", "scratch")):
+        results = [read_json(OUT / f"seed{seed}" / name / "results.json") for seed in seeds]
+        rows[title] = {"mIoU on 400 labelled scenes": [result["last"]["miou"] for result in results]}
+    return rows
+
+
 # ------------------------------------------------------------------------------------------------ tables
 
 
 def markdown(rows: Rows) -> str:
     """The rows as a Markdown table: means over the seeds, and in brackets the lowest and highest."""
     metrics = list(next(iter(rows.values())))
-    lines = [f"| features | {' | '.join(metrics)} |", f"|{'---|' * (len(metrics) + 1)}"]
+    lines = [f"| | {' | '.join(metrics)} |", f"|{'---|' * (len(metrics) + 1)}"]
     for name, values in rows.items():
         lines.append(f"| {name} | {' | '.join(cell(metric, values[metric]) for metric in metrics)} |")
     return "\n".join(lines) + "\n"
