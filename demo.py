@@ -32,6 +32,7 @@ from pixio.files import read_json, write_json, write_text
 from pixio.synthetic.scenes import render
 
 OUT = Path("runs/demo")
+EXPECTED = Path("pretraining/expected_demo.json")  # points of its curves, see `pixio curves --expect`
 SIZE, PATCH = 64, 8
 PROBE_TRAIN, PROBE_TEST = (TRAIN_SEEDS, 600), (TEST_SEEDS, 300)  # scenes never trained on: first seed, number
 MODEL, DECODER, STUDENT = "pixio_vitfemto8", "enc64x4h2_dec64x2h2", "pixio_vitatto8"
@@ -86,7 +87,9 @@ def main() -> None:
     step("5. Look at the run, at what it reconstructs, and at its features")
     first, photos = OUT / f"seed{options.seeds[0]}" / "pretrain", write_photos(6)
     checkpoint = first / "checkpoints" / (first / "checkpoints/latest").read_text().strip()
-    run(f"-m pixio curves {first} --output {OUT}/curves.png")
+    known = f"--expect {EXPECTED}" if EXPECTED.is_file() and not options.update_docs else ""
+    known += f" --save_expected {EXPECTED}" if options.update_docs else ""
+    run(f"-m pixio curves {first} --output {OUT}/curves.png {known}")
     run(f"-m pixio reconstruct {photos} --checkpoint {checkpoint} --output {OUT}/reconstruction.png")
     flags = f"--pretrained {first}/encoder.pth --size {2 * SIZE}"
     run(f"-m pixio pca {photos} {flags} --smooth --output {OUT}/pca.png")

@@ -15,7 +15,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python main_pretrain.py \
     --model pixio_vitpico8_enc128x6h4_dec128x2h4 --n_cls_tokens 8 \
-    --norm_pix_loss --mask_ratio 0.75 --mask_grid 2 \
+    --position_init sincos --norm_pix_loss --mask_ratio 0.75 --mask_grid 2 \
     --dataset_type imagenet --data_path runs/scenes64 --input_size 64 --crop_scale_min 0.4 --num_workers 1 \
     --batch_size 64 --lr 1e-3 --weight_decay 0.05 \
     --epochs 60 --iters_per_epoch 100 --warmup_epochs 3 --save_freq 0 --save_minutes 2 \
