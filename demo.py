@@ -142,7 +142,9 @@ def probe_all(seeds: list[int]) -> Rows:
         torch.manual_seed(seed)
         folder = OUT / f"seed{seed}"
         student = folder / f"distill/encoder_{STUDENT}.pth"
-        views["random encoder"].append(patch_tokens(pixio.create_model(MODEL)))
+        start = pixio.create_model(f"{MODEL}_{DECODER}")
+        start.start_from_sincos()  # as the run does
+        views["random encoder"].append(patch_tokens(start.encoder))
         views["pre-trained encoder"].append(
             patch_tokens(pixio.from_pretrained(folder / "pretrain/encoder.pth"))
         )
