@@ -1,124 +1,112 @@
-"""The whole of Pixio in minutes on rendered scenes: pre-train, look at it, extract features, measure what was
-learnt.
+"""The whole of Pixio in minutes on rendered scenes: pre-train, look at it, distil it, measure what it learnt.
 
-`make demo` runs it. Every stage but the last consists of commands that are printed and that you can run
-yourself; the last is the probes below. Scenes, training and evaluations that are done are not done again, so
-that a second `make demo` resumes. Everything lies in `runs/demo`.
+    make demo                                    or: python demo.py
+    python demo.py --seeds 0 1 2 --update_docs   three runs, into README's tables and the pictures of assets/
+
+Every stage but the last consists of commands that are printed and that you can run yourself; the last is the
+probes below. What is done is not done again, so that a second `make demo` resumes. All lies in `runs/demo`.
 """
 
+import argparse
+import json
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 import pixio
+from benchmarks.probes import (
+    TEST_SEEDS,
+    TRAIN_SEEDS,
+    load_split,
+    patch_tokens,
+    position,
+    probe,
+    raw_pixels,
+)
 from pixio.files import read_json, write_json, write_text
-from pixio.images.normalization import normalize
-from pixio.models.mae import patchify
-from pixio.synthetic.scenes import CLASS_NAMES, LABEL_NAMES, render
+from pixio.synthetic.scenes import render
 
 OUT = Path("runs/demo")
-SIZE, PATCH = 128, 16
-PROBE_TRAIN = range(1 << 33, (1 << 33) + 600)  # seeds of scenes never trained on
-PROBE_TEST = range(1 << 34, (1 << 34) + 300)
+EXPECTED = Path("pretraining/expected_demo.json")  # points of its curves, see `pixio curves --expect`
+SIZE, PATCH = 64, 8
+PROBE_TRAIN, PROBE_TEST = (TRAIN_SEEDS, 600), (TEST_SEEDS, 300)  # scenes never trained on: first seed, number
+MODEL, DECODER, STUDENT = "pixio_vitfemto8", "enc64x4h2_dec64x2h2", "pixio_vitatto8"
+COMMON = f"""
+    --dataset_type imagenet --data_path {OUT}/tars --input_size {SIZE} --crop_scale_min 0.4 --num_workers 1
+    --batch_size 32 --lr 1e-3 --iters_per_epoch 100 --warmup_epochs 2 --log_freq 20
+    --save_steps 0 --save_minutes 1 --save_freq 0
+"""
 PRETRAIN = f"""
-    pretraining/main_pretrain.py --output_dir {OUT}/pretrain
-    --model pixio_vitpico16_enc128x6h4_dec128x2h4 --input_size {SIZE}
-    --norm_pix_loss --mask_ratio 0.625 --mask_grid 2
-    --dataset_type imagenet --data_path {OUT}/tars --crop_scale_min 0.4 --num_workers 1
-    --batch_size 64 --lr 4e-3 --epochs 15 --iters_per_epoch 100 --warmup_epochs 2
-    --log_freq 20 --save_steps 500 --save_minutes 1 --save_freq 0
+    pretraining/main_pretrain.py --model {MODEL}_{DECODER} --position_init sincos
+    --norm_pix_loss --mask_ratio 0.75 --mask_grid 2 --epochs 25
+    --val_data {OUT}/held_out --val_freq 250 {COMMON}
 """
 DISTILL = f"""
-    distillation/main_distill.py --output_dir {OUT}/distill
-    --teacher_model pixio_vitpico16 --teacher_pretrained {OUT}/pretrain/encoder.pth --student_models
-    pixio_vitfemto16 --dataset_type imagenet --data_path {OUT}/tars --crop_scale_min 0.4 --num_workers 1
-    --input_size {SIZE} --mask_ratio 0 --batch_size 64 --lr 4e-3 --epochs 2 --iters_per_epoch 100
-    --warmup_epochs 1
-    --log_freq 20 --save_steps 0 --save_minutes 1 --save_freq 0
+    distillation/main_distill.py --teacher_model {MODEL} --student_models {STUDENT} --mask_ratio 0
+    --epochs 6 {COMMON}
 """
-EVALUATIONS = {  # name -> (program, the metric shown, its flags)
-    "k-NN": ("eval_knn", "top1", f"--data_path {OUT}/folders --input_size {SIZE} --nb_knn 10"),
-    "depth": (
-        "eval_monodepth",
-        "d1",
-        f"--config evaluation/monodepth/configs/nyuv2_linear.yaml --data_root {OUT}/nyuv2",
-    ),
-    "segmentation": (
-        "eval_semseg",
-        "miou",
-        f"--config evaluation/semseg/configs/ade20k_linear.yaml --data_root {OUT}/ade20k",
-    ),
-}
-DENSE = f"--crop_size {SIZE} --epochs 2 --eval_freq 2 --batch_size 4 --batches_per_step 1 --lr 1e-2"
+TUNE = f"""
+    evaluation/eval_semseg.py --config evaluation/semseg/configs/loveda_linear.yaml --data_root {OUT}/loveda
+    --encoder {MODEL} --train_blocks all --layer_decay 1 --lr 1e-3 --encoder_lr 1e-3
+    --epochs 15 --eval_freq 15 --crop_size {SIZE} --batch_size 8 --batches_per_step 1 --num_workers 1
+"""
+Rows = dict[str, dict[str, list[float]]]  # features -> metric -> a value for each seed
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Pre-train a small Pixio on rendered scenes and measure it.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a run for each")
+    parser.add_argument("--update_docs", "--update-docs", action="store_true", help="README, docs/, assets/")
+    options = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
-    encoder, student = f"{OUT}/pretrain/encoder.pth", f"{OUT}/distill/encoder_pixio_vitfemto16.pth"
 
-    step("1. Render scenes: into ImageNet-style tars, and into the layouts of the evaluation's data sets")
-    for layout, folder, train, val in (
-        ("imagenet-tars", "tars", 4000, 0),
-        ("imagenet-folders", "folders", 400, 200),
-        ("nyuv2", "nyuv2", 160, 16),
-        ("ade20k", "ade20k", 160, 40),
-    ):
-        sizes = f"--train {train} --val {val} --size {SIZE} --seed {int(layout != 'imagenet-tars')}"
-        run(f"-m pixio scenes {layout} {OUT}/{folder} {sizes} --workers 2")
+    step("1. Render scenes: to train on, in ImageNet-style tars, and to hold out")
+    tree = f"--size {SIZE} --workers 2"
+    run(f"-m pixio scenes imagenet-tars {OUT}/tars --train 2500 --val 0 {tree}")
+    run(f"-m pixio scenes imagenet-folders {OUT}/held_out --train 0 --val 200 --seed 1 {tree}")
 
-    step("2. Pre-train a small Pixio")
-    run(PRETRAIN)
+    run(f"-m pixio scenes loveda {OUT}/loveda --train 400 --val 200 --seed 2 {tree}")
+    run(f"evaluation/semseg/util/process_loveda.py {OUT}/loveda")
 
-    step("3. Look at the run and at what it reconstructs")
-    photos = write_photos(6)
-    checkpoint = OUT / "pretrain/checkpoints" / (OUT / "pretrain/checkpoints/latest").read_text().strip()
-    run(f"-m pixio curves {OUT}/pretrain --output {OUT}/loss.png")
-    flags = f"--checkpoint {checkpoint} --mask_ratio 0.625 --output {OUT}/reconstruction.png"
-    run(f"-m pixio reconstruct {photos} {flags}")
-    few = " ".join(photos.split()[:4])
-    run(f"-m pixio pca {few} --pretrained {encoder} --size {2 * SIZE} --smooth --output {OUT}/pca.png")
+    for seed in options.seeds:
+        folder = OUT / f"seed{seed}"
+        step(f"2. Pre-train a small Pixio, seed {seed}")
+        run(f"{PRETRAIN} --seed {seed} --output_dir {folder}/pretrain")
+        step(f"3. Distil it into a smaller one, seed {seed}")
+        teacher = f"--teacher_pretrained {folder}/pretrain/encoder.pth"
+        run(f"{DISTILL} {teacher} --seed {seed} --output_dir {folder}/distill")
+        step(f"4. Fine-tune it on 400 labelled scenes, and the same from scratch, seed {seed}")
+        for name, start in (("fine-tuned", f"{folder}/pretrain/encoder.pth"), ("scratch", "none")):
+            run(f"{TUNE} --pretrained_ckp {start} --seed {seed} --output_dir {folder}/{name}")
 
-    step("4. Extract features")
-    run(f"-m pixio features {photos} --pretrained {encoder} --size {SIZE} --output {OUT}/features.npz")
+    step("5. Look at the run, at what it reconstructs, and at its features")
+    first, photos = OUT / f"seed{options.seeds[0]}" / "pretrain", write_photos(6)
+    checkpoint = first / "checkpoints" / (first / "checkpoints/latest").read_text().strip()
+    known = f"--expect {EXPECTED}" if EXPECTED.is_file() and not options.update_docs else ""
+    known += f" --save_expected {EXPECTED}" if options.update_docs else ""
+    run(f"-m pixio curves {first} --output {OUT}/curves.png {known}")
+    run(f"-m pixio reconstruct {photos} --checkpoint {checkpoint} --output {OUT}/reconstruction.png")
+    flags = f"--pretrained {first}/encoder.pth --size {2 * SIZE}"
+    run(f"-m pixio pca {photos} {flags} --smooth --output {OUT}/pca.png")
+    run(f"-m pixio features {photos} {flags} --output {OUT}/features.npz")
 
-    step("5. Distill it into a smaller one")
-    run(DISTILL)
-
-    step("6. Evaluate with the published protocol: k-NN, linear depth, linear segmentation")
-    encoders = {
-        "random encoder": "pixio_vitpico16 --pretrained_ckp none",
-        "pre-trained encoder": f"pixio_vitpico16 --pretrained_ckp {encoder}",
-        "distilled student": f"pixio_vitfemto16 --pretrained_ckp {student}",
-    }
-    protocol = [{"features": name, **evaluate(name, flags)} for name, flags in encoders.items()]
-
-    step("7. Probe single patch tokens on scenes the encoder has never seen")
-    probes = measure(encoder, student)
-
-    tables = f"{markdown(probes)}\n{markdown(protocol)}"
-    write_json(OUT / "tables.json", {"probes": probes, "protocol": protocol})
-    write_text(OUT / "tables.md", tables)
+    step("6. Probe single patch tokens on scenes that no encoder has seen")
+    rows, tuned = probe_all(options.seeds), tuning_results(options.seeds)
+    table, verdict = f"{markdown(rows)}\n{markdown(tuned)}", compare(rows, options.seeds)
+    write_json(OUT / "tables.json", {"seeds": options.seeds, "probes": rows, "fine-tuning": tuned})
+    write_text(OUT / "tables.md", f"{table}\n{verdict}\n")
     print(
-        f"\n{tables}\nIn {OUT}: loss.png, reconstruction.png, pca.png, features.npz, tables.md, evaluation/*/"
+        f"\n{table}\n{verdict}\n\nIn {OUT}: curves.png, reconstruction.png, pca.png, features.npz, tables.md"
     )
-
-
-def evaluate(name: str, encoder: str) -> dict[str, float]:
-    """The last metrics of the three evaluation programs for an encoder, given as its flags."""
-    row = {}
-    for task, (program, metric, flags) in EVALUATIONS.items():
-        output = OUT / "evaluation" / f"{name.replace(' ', '_')}_{task}"
-        dense = "" if program == "eval_knn" else DENSE
-        dense += f" --num_workers 1 --output_dir {output}"
-        run(f"evaluation/{program}.py --encoder {encoder} {flags} {dense}")
-        results = read_json(output / "results.json")
-        row[f"{task} {metric}"] = (results["last"] if "last" in results else results["k"]["10"])[metric]
-    return row
+    if options.update_docs:
+        replace_section(Path("README.md"), "demo", f"{table}\n{verdict}")
+        for name in ("reconstruction", "pca", "curves"):
+            shutil.copy(OUT / f"{name}.png", f"assets/demo_{name}.png")
 
 
 def step(title: str) -> None:
@@ -139,114 +127,98 @@ def write_photos(count: int) -> str:
     from PIL import Image
 
     names = []
-    for seed in PROBE_TEST[:count]:
-        names.append(f"{OUT}/scene{seed - PROBE_TEST[0]}.png")
-        Image.fromarray(render(seed, SIZE).image).save(names[-1])
+    for i in range(count):
+        names.append(f"{OUT}/scene{i}.png")
+        Image.fromarray(render(TEST_SEEDS + i, 2 * SIZE).image).save(names[-1])
     return " ".join(names)
 
 
-# ------------------------------------------------------------------------------------------------ probes
-# B scenes, N patches of a scene, D features, K classes
+def probe_all(seeds: list[int]) -> Rows:
+    """Probe raw pixels, places and encoders alike: random, pre-trained and distilled ones of each seed."""
+    train, test = (load_split(*scenes, SIZE, PATCH) for scenes in (PROBE_TRAIN, PROBE_TEST))
+    views = {"raw pixels": [raw_pixels(PATCH)], "position alone": [position(PATCH)], "random encoder": []}
+    views |= {"pre-trained encoder": [], "distilled student": []}
+    for seed in seeds:
+        torch.manual_seed(seed)
+        folder = OUT / f"seed{seed}"
+        student = folder / f"distill/encoder_{STUDENT}.pth"
+        start = pixio.create_model(f"{MODEL}_{DECODER}")
+        start.start_from_sincos()  # as the run does
+        views["random encoder"].append(patch_tokens(start.encoder))
+        views["pre-trained encoder"].append(
+            patch_tokens(pixio.from_pretrained(folder / "pretrain/encoder.pth"))
+        )
+        views["distilled student"].append(patch_tokens(pixio.from_pretrained(student)))
+    rows = {name: [probe(view, train, test) for view in each] for name, each in views.items()}
+    return {name: {m: [one[m] for one in found] for m in found[0]} for name, found in rows.items()}
 
 
-def measure(encoder_file: str, student_file: str) -> list[dict]:
-    """Probe raw pixels, an encoder at its random start, the pre-trained and the distilled one, all alike."""
-    train, test = load(PROBE_TRAIN), load(PROBE_TEST)
-    torch.manual_seed(0)
-    random = pixio.pixio_vitpico16(img_size=SIZE)
-    views = {
-        "raw pixels": raw_features,
-        "random encoder": random,
-        "pre-trained encoder": pixio.from_pretrained(encoder_file),
-        "distilled student": pixio.from_pretrained(student_file),
-    }
-    return [{"features": name, **probe(view, train, test)} for name, view in views.items()]
+def tuning_results(seeds: list[int]) -> Rows:
+    """Segmentation of held-out scenes by whole networks, from pre-trained and from random weights."""
+    rows: Rows = {}
+    for title, name in (("fine-tuned from pre-trained", "fine-tuned"), ("trained from scratch", "scratch")):
+        results = [read_json(OUT / f"seed{seed}" / name / "results.json") for seed in seeds]
+        rows[title] = {"mIoU on 400 labelled scenes": [result["last"]["miou"] for result in results]}
+    return rows
 
 
-def load(seeds: range) -> dict[str, Tensor]:
-    """Images uint8 [B, 3, H, W]; of each patch majority class and mean log depth [B, N]; labels [B]."""
-    scenes = [render(seed, SIZE) for seed in seeds]
-    patches = lambda maps: patchify(torch.stack(maps).unsqueeze(1), PATCH)  # noqa: E731  [B, N, p*p]
-    return {
-        "images": torch.stack([torch.from_numpy(scene.image).permute(2, 0, 1) for scene in scenes]),
-        "classes": patches([torch.from_numpy(scene.semantics).long() for scene in scenes]).mode(-1).values,
-        "log_depth": patches([torch.from_numpy(scene.depth).log() for scene in scenes]).mean(-1),
-        "labels": torch.tensor([scene.label for scene in scenes]),
-    }
+# ------------------------------------------------------------------------------------------------ tables
 
 
-def raw_features(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Pixels of each patch [B, N, D], and a small copy of the image [B, D'] for k-NN."""
-    pixels = normalize(images)
-    return patchify(pixels, PATCH), F.interpolate(pixels, size=32, mode="area").flatten(1)
-
-
-@torch.inference_mode()
-def encoder_features(encoder: pixio.PixioViT, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Final patch tokens [B, N, D], and the mean class token [B, D] before the norm for k-NN."""
-    outputs = [encoder.eval()(normalize(chunk), block_ids=[-1])[0] for chunk in images.split(100)]
-    tokens = torch.cat([output["patch_tokens_norm"] for output in outputs])
-    return tokens, torch.cat([output["cls_tokens"].mean(dim=1) for output in outputs])
-
-
-def probe(view, train: dict[str, Tensor], test: dict[str, Tensor]) -> dict[str, float]:
-    """Ridge regressions on single patch tokens, and k-NN on whole images; all but R2 in per cent."""
-    extract = view if view is raw_features else lambda images: encoder_features(view, images)
-    (tokens, image), (test_tokens, test_image) = extract(train["images"]), extract(test["images"])
-    targets = torch.cat(
-        [F.one_hot(train["classes"], len(CLASS_NAMES)).float(), train["log_depth"].unsqueeze(-1)], dim=-1
-    )
-    predicted = ridge(tokens.flatten(0, 1), targets.flatten(0, 1), test_tokens.flatten(0, 1))  # [B*N, K + 1]
-    return {
-        "mIoU": 100 * mean_iou(predicted[:, :-1].argmax(dim=1), test["classes"].flatten()),
-        "depth R2": r2(predicted[:, -1], test["log_depth"].flatten()),
-        "depth d1": 100 * within(predicted[:, -1], test["log_depth"].flatten(), ratio=1.25),
-        "k-NN top-1": 100 * knn(image, train["labels"], test_image, test["labels"]),
-    }
-
-
-def ridge(x: Tensor, y: Tensor, x_test: Tensor, strength: float = 1e-5) -> Tensor:
-    """Penalized least squares on standardized features x [n, D], y [n, K] -> [m, K] for x_test [m, D]."""
-    mean, std = x.mean(dim=0), x.std(dim=0) + 1e-6
-    a, b = (F.pad((features - mean) / std, (0, 1), value=1.0).double() for features in (x, x_test))
-    gram = a.T @ a
-    gram.diagonal().add_(strength * len(a))
-    return (b @ torch.linalg.solve(gram, a.T @ y.double())).float()
-
-
-def mean_iou(predicted: Tensor, target: Tensor) -> float:
-    """Intersection over union, averaged over the classes."""
-    pairs = [(predicted == k, target == k) for k in range(len(CLASS_NAMES))]
-    return sum(((p & t).sum() / (p | t).sum().clamp(min=1)).item() for p, t in pairs) / len(pairs)
-
-
-def r2(predicted: Tensor, target: Tensor) -> float:
-    """Share of the variance explained: 1 is perfect, 0 is the mean."""
-    return 1 - ((predicted - target).square().mean() / target.var(correction=0)).item()
-
-
-def within(predicted: Tensor, target: Tensor, ratio: float) -> float:
-    """Share of predictions within a factor of the truth; both are logarithms."""
-    return ((predicted - target).abs() < torch.tensor(ratio).log()).float().mean().item()
-
-
-def knn(bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, k: int = 10) -> float:
-    """Top-1 of k nearest neighbours by cosine similarity, weighted by exp(similarity / 0.07)."""
-    similarity, neighbours = (F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T).topk(k)
-    votes = torch.zeros(len(queries), len(LABEL_NAMES))
-    votes.scatter_add_(1, labels[neighbours], (similarity / 0.07).exp())
-    return (votes.argmax(dim=1) == truth).float().mean().item()
-
-
-def markdown(rows: list[dict]) -> str:
-    """The rows as a Markdown table."""
-    names = list(rows[0])
-    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
-    for row in rows:
-        cells = [f"{row[n]:.3f}" if n == "depth R2" else f"{row[n]:.1f}" for n in names[1:]]
-        lines.append(f"| {row['features']} | {' | '.join(cells)} |")
+def markdown(rows: Rows) -> str:
+    """The rows as a Markdown table: means over the seeds, and in brackets the lowest and highest."""
+    metrics = list(next(iter(rows.values())))
+    lines = [f"| | {' | '.join(metrics)} |", f"|{'---|' * (len(metrics) + 1)}"]
+    for name, values in rows.items():
+        lines.append(f"| {name} | {' | '.join(cell(metric, values[metric]) for metric in metrics)} |")
     return "\n".join(lines) + "\n"
 
 
+def cell(metric: str, values: list[float]) -> str:
+    """Mean and range of a metric."""
+    digits = 3 if metric == "depth R2" else 1
+    mean, low, high = (f"{x:.{digits}f}" for x in (sum(values) / len(values), min(values), max(values)))
+    return f"{mean} ({low} to {high})" if len(values) > 1 else mean
+
+
+def compare(rows: Rows, seeds: list[int]) -> str:
+    """By how much the pre-trained encoder leads the best of what learnt nothing, and the spread of seeds."""
+    learnt, sentences = rows["pre-trained encoder"], []
+    for metric in ("mIoU", "depth R2"):
+        untaught = {
+            name: max(rows[name][metric]) for name in ("raw pixels", "position alone", "random encoder")
+        }
+        best = max(untaught, key=untaught.get)
+        margin = sum(learnt[metric]) / len(seeds) - untaught[best]
+        sentence = f"{metric}: pre-trained {cell(metric, [margin])} above {best}"
+        if len(seeds) > 1:
+            spread = max(max(row[metric]) - min(row[metric]) for row in rows.values())
+            sentence += f", {margin / spread:.1f} times the largest range over the seeds"
+        sentences.append(sentence)
+    losses = [held_out_loss(OUT / f"seed{seed}/pretrain/log.jsonl") for seed in seeds]
+    share = 100 * (1 - sum(losses) / len(losses))
+    sentences.append(f"{share:.1f} % of the structure of masked patches of held-out scenes is explained")
+    return ". ".join([*sentences, f"Seeds {', '.join(map(str, seeds))}."])
+
+
+def held_out_loss(log: Path) -> float:
+    """The last one of a run."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    return [row["held_out_loss"] for row in rows if "held_out_loss" in row][-1]
+
+
+def replace_section(path: Path, name: str, text: str) -> None:
+    """Put a text between the marks `<!-- NAME -->` and `<!-- /NAME -->` of a file."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    found = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    old = path.read_text(encoding="utf-8")
+    if not found.search(old):
+        raise SystemExit(f"{path} has no section {begin} … {end}")
+    write_text(path, found.sub(lambda _: f"{begin}\n{text}\n{end}", old))
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("\nthe demo was interrupted: the same command goes on") from None

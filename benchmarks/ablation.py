@@ -66,9 +66,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/ablation"), help="folder of all runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--images", type=int, default=4000, help="rendered scenes to train on")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--images", type=int, default=2500, help="rendered scenes to train on")
     parser.add_argument("--held_out", type=int, default=256, help="rendered scenes for the held-out loss")
     parser.add_argument("--probe_scenes", type=int, nargs=2, default=[600, 300], help="to fit, to measure")
     parser.add_argument("--num_workers", type=int, default=1, help="loading processes")
@@ -120,6 +120,7 @@ def train(setting: Setting, seed: int, options: argparse.Namespace, steps: int, 
     warmup = steps // 10
     command = f"""
         --model {setting.model} --n_cls_tokens {setting.tokens} --mask_grid {setting.cell} --mask_ratio 0.75
+        --position_init sincos
         --dataset_type imagenet --data_path {options.output}/tars --input_size {SIZE} --crop_scale_min 0.4
         --batch_size {options.batch_size} --lr {options.lr} --epochs {steps} --iters_per_epoch 1
         --warmup_epochs {warmup} --seed {seed} --save_freq 0 --save_steps 0 --save_minutes 2

@@ -56,6 +56,9 @@ class PretrainConfig(TrainConfig):
     drop_path_mode: Literal["exact", "skip"] = option(
         "exact", "drop for each image by chance, or skip the work of a fixed number of images"
     )
+    position_init: Literal["normal", "sincos"] = option(
+        "normal", "learned positions start small as published, or as MAE's sine-cosine tables: for small runs"
+    )
     init_encoder: str | None = option(None, "encoder file to start from; the decoder starts fresh")
     init_mae: str | None = option(
         None, "training checkpoint, ours or the release's, to start from with encoder and decoder"
@@ -93,6 +96,8 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
         mask_grid=config.mask_grid,
         norm_pix_loss=config.norm_pix_loss,
     )
+    if config.position_init == "sincos":
+        mae.start_from_sincos()
     if source := config.init_mae or config.init_encoder:
         resized = initialize_from(mae, source, decoder=config.init_mae is not None)
         if resized and runtime.is_main:

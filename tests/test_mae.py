@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 
 import pixio
 from pixio import PixioMAE, PixioViT
+from pixio.models.layers import sincos_positions
 from pixio.models.mae import patchify, unpatchify
 
 
@@ -157,3 +159,17 @@ def test_loss_stays_float32_under_bf16_autocast():
 def test_unknown_models_are_refused_with_the_choices():
     with pytest.raises(ValueError, match=r"did you mean pixio_vith16\?.*pixio_vit5b16"):
         pixio.create_model("pixio_vith14")
+
+
+def test_sine_cosine_positions_are_those_of_timm_and_leave_the_class_tokens_alone():
+    mae = small_mae()
+    before = mae.encoder.pos_embed[:, :3].clone()
+    mae.start_from_sincos()
+    for positions, width in ((mae.encoder.pos_embed, 48), (mae.decoder_pos_embed, 32)):
+        sin_y, sin_x, cos_y, cos_x = build_sincos2d_pos_embed([4, 4], width).chunk(4, dim=1)
+        expected = torch.cat([sin_x, cos_x, sin_y, cos_y], dim=1)  # MAE's order
+        torch.testing.assert_close(positions[0, 3:].detach(), expected)
+        assert positions.requires_grad
+    assert torch.equal(mae.encoder.pos_embed[:, :3], before)
+    with pytest.raises(ValueError, match="multiple of 4, found 6"):
+        sincos_positions((2, 2), 6)

@@ -1,8 +1,8 @@
 """The table of models, small to large: every encoder, and every encoder with its pre-training decoder.
 
-Released sizes carry published weights; `femto`, `pico`, `ti` and `s` are ours, for laptops and single GPUs,
-and carry none. Those that end in 8 have patches of 8 pixels and images of 64: a CPU trains them in minutes. A
-pre-training name holds both halves:
+Released sizes carry published weights; `atto`, `femto`, `pico`, `ti` and `s` are ours, for laptops and single
+GPUs, and carry none. Those that end in 8 have patches of 8 pixels and images of 64: a CPU trains them in
+minutes. A pre-training name holds both halves:
 `enc<width>x<blocks>h<heads>_dec<width>x<blocks>h<heads>`. The published recipes use the 512-wide, 32-block
 decoder; at equal batch it costs 7 % of the FLOPs beside the 5B encoder but 80 % beside B, so small encoders
 get a lighter one here. A model is added by adding its lines; `pixio.list_models()` and `import pixio` follow.
@@ -11,6 +11,7 @@ get a lighter one here. A model is added by adding its lines; `pixio.list_models
 from pixio.models.registry import encoder_builder as _encoder
 from pixio.models.registry import mae_builder as _mae
 
+pixio_vitatto8 = _encoder("pixio_vitatto8", 48, 3, 2, patch_size=8, img_size=64)
 pixio_vitfemto8 = _encoder("pixio_vitfemto8", 64, 4, 2, patch_size=8, img_size=64)
 pixio_vitpico8 = _encoder("pixio_vitpico8", 128, 6, 4, patch_size=8, img_size=64)
 pixio_vitfemto16 = _encoder("pixio_vitfemto16", 64, 4, 2)

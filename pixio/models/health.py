@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LEAST_VARIANCE = 0.1  # see docs/health.md for the runs behind it
+LEAST_VARIANCE = 0.05  # see docs/health.md for the runs behind it
 LOWER_RATE = "The learning rate is likely too high: lower --lr or --blr about fourfold and start again"
 
 

@@ -154,6 +154,27 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+def sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:
+    """MAE's fixed position table: sines and cosines of the column, then of the row.
+
+    Args:
+        grid: (h, w) in patches.
+        dim: D, a multiple of 4.
+
+    Returns:
+        float32 [1, h*w, D], patches row by row.
+
+    Raises:
+        ValueError: another D.
+    """
+    if dim % 4:
+        raise ValueError(f"sine-cosine positions need a width that is a multiple of 4, found {dim}")
+    rates = 10000.0 ** -(torch.arange(dim // 4) / (dim // 4))  # radians per patch [D/4]
+    rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")  # 2 x [h, w]
+    angles = [place.flatten().unsqueeze(-1) * rates for place in (columns, rows)]  # 2 x [h*w, D/4]
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=-1)[None]
+
+
 def resize_positions(
     positions: Tensor, n_cls: int, old_grid: tuple[int, int], new_grid: tuple[int, int]
 ) -> Tensor:

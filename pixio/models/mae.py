@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pixio.models.encoder import PixioViT
-from pixio.models.layers import NORM_EPS, Block, init_weights, resize_positions
+from pixio.models.layers import NORM_EPS, Block, init_weights, resize_positions, sincos_positions
 from pixio.models.masking import block_mask, cell_grid, count_kept, split_patches
 
 TARGET_EPS = 1e-6
@@ -93,6 +93,17 @@ class PixioMAE(nn.Module):
                     child.apply(init_weights)
             nn.init.normal_(self.mask_token, std=0.02)
             nn.init.trunc_normal_(self.decoder_pos_embed, std=0.02)
+
+    @torch.no_grad()
+    def start_from_sincos(self) -> None:
+        """Start the learned positions of patches, in encoder and decoder, from MAE's sine-cosine tables.
+
+        The published start, normal with std 0.02, is a fiftieth of a patch's embedding: attention cannot
+        tell places apart until it has grown, which takes more steps than a small run has.
+        """
+        n_cls = self.encoder.n_cls_tokens
+        for positions in (self.encoder.pos_embed, self.decoder_pos_embed):
+            positions[:, n_cls:] = sincos_positions(self.encoder.grid, positions.shape[-1])
 
     def forward(self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None) -> MAEOutput:
         """Mask, encode, decode, and compare with the pixels of the masked patches.

@@ -1,4 +1,7 @@
-"""How a rendered scene looks: textures, lights and camera response, drawn independently of what it is.
+"""How a rendered scene looks: materials, lights and camera response.
+
+As in real rooms, what a surface belongs to says which patterns are typical of it (a floor is tiled, a wall
+has stripes); colors, light and exposure say nothing.
 
 Letters: N rays, n some of them, S points of a light; colors are linear RGB [3, n].
 """
@@ -9,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pixio.synthetic.world import FACES, Array, World
+from pixio.synthetic.world import CLASS_NAMES, FACE_CLASSES, Array, World
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,25 @@ class Look:
     sensor_noise: float
 
 
+# What surfaces of each class are made of: the patterns that are typical of it, the range of their cells in
+# meters, and whether they stand upright or lie.
+_MATERIALS = {
+    "ceiling": (("plain",), (0.5, 0.7), (0.0,)),
+    "wall": (("stripes",), (0.3, 0.6), (0.0,)),
+    "floor": (("checks", "bricks"), (0.4, 0.8), (0.0, math.pi / 2)),
+    "box": (("stripes",), (0.15, 0.3), (math.pi / 2,)),
+    "sphere": (("dots",), (0.12, 0.22), (0.0,)),
+    "cylinder": (("checks",), (0.12, 0.22), (0.0,)),
+    "cone": (("waves",), (0.12, 0.22), (0.0,)),
+}
+
+
 def dress(rng: np.random.Generator, world: World) -> Look:
-    """Draw the look; every surface's texture comes from one distribution, whatever the surface is."""
-    saturation = rng.uniform(0.15, 0.75)
+    """Draw the look; colors come from one distribution, patterns from what is typical of each surface."""
+    saturation = rng.uniform(0.05, 0.4)
     shared_walls = rng.random() < 0.6
-    textures = [_draw_texture(rng, saturation) for _ in range(FACES + len(world.primitives))]
+    kinds = [*(CLASS_NAMES[face] for face in FACE_CLASSES), *(p.kind for p in world.primitives)]
+    textures = [_draw_texture(rng, saturation, *_MATERIALS[kind]) for kind in kinds]
     if shared_walls:
         textures[1:4] = [textures[0]] * 3
 
@@ -79,25 +96,27 @@ def dress(rng: np.random.Generator, world: World) -> Look:
     )
 
 
-def _draw_texture(rng: np.random.Generator, saturation: float) -> Texture:
-    colors = []
-    for _ in range(2):
-        strength = min(1.0, saturation * rng.uniform(0.2, 1.6))
-        color = colorsys.hsv_to_rgb(rng.random(), strength, rng.uniform(0.2, 0.95))
-        colors.append(np.array(color) ** 2.2)
-    if rng.random() < 0.4:  # two tones of one color
-        colors[1] = colors[0] * rng.uniform(0.35, 0.8)
-    colors[1] = colors[0] + rng.uniform(0.1, 0.6) * (colors[1] - colors[0])  # quieter than light and shadow
-    turn = rng.choice([0.0, math.pi / 2, rng.uniform(0, math.pi)])
+def _draw_texture(
+    rng: np.random.Generator,
+    saturation: float,
+    patterns: tuple[str, ...],
+    cells: tuple[float, float],
+    turns: tuple[float, ...],
+) -> Texture:
+    strength = min(1.0, saturation * rng.uniform(0.2, 1.6))
+    first = np.array(colorsys.hsv_to_rgb(rng.random(), strength, rng.uniform(0.5, 0.95))) ** 2.2
+    second = first * rng.uniform(0.25, 0.55)  # two tones of one color
+    colors = [first, second] if rng.random() < 0.5 else [second, first]
+    turn = rng.choice(turns)
     return Texture(
-        pattern=str(rng.choice(list(_PATTERNS))),
+        pattern=str(rng.choice(patterns)),
         colors=np.stack(colors, 1).astype(np.float32),
-        cell=float(np.exp(rng.uniform(math.log(0.06), math.log(0.7)))),
+        cell=float(rng.uniform(*cells)),
         turn=(math.cos(turn), math.sin(turn)),
         shift=tuple(rng.uniform(0, 64, 2).tolist()),
-        duty=float(rng.uniform(0.25, 0.75)),
-        grain=float(rng.uniform(0.0, 0.3)) if rng.random() < 0.5 else 0.0,
-        gloss=float(rng.uniform(0.1, 0.5)) if rng.random() < 0.4 else 0.0,
+        duty=float(rng.uniform(0.3, 0.7)),
+        grain=float(rng.uniform(0.0, 0.2)) if rng.random() < 0.3 else 0.0,
+        gloss=float(rng.uniform(0.1, 0.5)) if rng.random() < 0.3 else 0.0,
     )
 
 

@@ -1,7 +1,8 @@
 """Endless labeled indoor-like scenes from a small ray caster: image, depth, classes, image-level class.
 
 A scene is a pure function of its seed. What it *is* (`world`) and how it *looks* (`appearance`) come from two
-independent random streams: color and texture say nothing about class or depth, only context does.
+independent random streams: colors and light say nothing about class or depth; patterns are typical of what
+they are on, as in real rooms.
 Letters: N rays, n some of them, H, W image size; vectors are [3, N] = x, y, z.
 """
 
@@ -27,7 +28,7 @@ from pixio.synthetic.world import (
 
 __all__ = ["CLASS_NAMES", "LABEL_NAMES", "VERSION", "Scene", "label_of", "render"]
 
-VERSION = 2  # raised whenever a seed comes to look different
+VERSION = 3  # raised whenever a seed comes to look different
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,57 @@
+"""The demo's probes against scikit-learn, and its tables."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+from sklearn.metrics import jaccard_score, r2_score
+from sklearn.preprocessing import StandardScaler
+
+import demo
+from benchmarks import probes
+
+
+def test_probe_metrics_equal_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(200, 6, generator=generator), torch.randn(200, 2, generator=generator)
+    x_test, y_test = torch.randn(50, 6, generator=generator), torch.randn(50, 2, generator=generator)
+    found = probes.ridge(x, y, x_test, strength=1e-3)
+    scaler = StandardScaler().fit(x)
+    expected = Ridge(alpha=1e-3 * 200).fit(scaler.transform(x), y).predict(scaler.transform(x_test))
+    np.testing.assert_allclose(found, expected, atol=2e-3)  # ours shrinks the intercept, too
+    assert probes.r2(found[:, 0], y_test[:, 0]) == pytest.approx(
+        r2_score(y_test[:, 0], found[:, 0]), abs=1e-5
+    )
+    classes, truth = (torch.randint(0, 7, (500,), generator=generator) for _ in range(2))
+    assert probes.mean_iou(classes, truth) == pytest.approx(jaccard_score(truth, classes, average="macro"))
+
+
+def test_position_alone_knows_the_mean_of_each_place():
+    split = probes.load_split(0, 6, size=32, patch_size=16)
+    other = {"images": split["images"][:2], **{k: split[k][:2] for k in ("classes", "log_depth")}}
+    features = probes.position(16)(split["images"]).flatten(0, 1)  # [6 * 4, 4]
+    found = probes.ridge(features, split["log_depth"].reshape(-1, 1), features[:4], strength=1e-9)
+    np.testing.assert_allclose(found[:, 0], split["log_depth"].mean(0), atol=1e-3)
+    assert set(probes.probe(probes.raw_pixels(16), split, other)) == {"mIoU", "depth R2", "depth d1"}
+
+
+def test_the_verdict_states_margin_and_spread_and_goes_between_the_marks(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "held_out_loss", lambda log: 0.7)
+    row = lambda miou, r2: {"mIoU": miou, "depth R2": r2}  # noqa: E731
+    rows = {
+        "raw pixels": row([7.0], [0.01]),
+        "position alone": row([17.5], [0.08]),
+        "random encoder": row([9.0, 9.5], [0.02, 0.02]),
+        "pre-trained encoder": row([22.0, 23.0], [0.2, 0.22]),
+    }
+    verdict = demo.compare(rows, [0, 1])
+    assert "mIoU: pre-trained 5.0 above position alone, 5.0 times the largest range" in verdict
+    assert "depth R2: pre-trained 0.130 above position alone, 6.5 times the largest range" in verdict
+    assert "30.0 % of the structure" in verdict
+    assert "| pre-trained encoder | 22.5 (22.0 to 23.0) | 0.210 (0.200 to 0.220) |" in demo.markdown(rows)
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- demo -->\nold\n<!-- /demo -->\nafter\n")
+    demo.replace_section(page, "demo", verdict)
+    assert page.read_text() == f"before\n<!-- demo -->\n{verdict}\n<!-- /demo -->\nafter\n"
+    with pytest.raises(SystemExit, match="no section <!-- other -->"):
+        demo.replace_section(page, "other", verdict)
