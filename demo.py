@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -58,11 +59,11 @@ TUNE = f"""
 Rows = dict[str, dict[str, list[float]]]  # features -> metric -> a value for each seed
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Pre-train a small Pixio on rendered scenes and measure it.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a run for each")
     parser.add_argument("--update_docs", "--update-docs", action="store_true", help="README, docs/, assets/")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     OUT.mkdir(parents=True, exist_ok=True)
 
     step("1. Render scenes: to train on, in ImageNet-style tars, and to hold out")

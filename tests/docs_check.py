@@ -41,6 +41,7 @@ NOT_RUN = {  # pattern of a command -> why it is not run
     r"^pip install": "it would change the environment; tests/test_packaging.py checks the extras",
     r"^make ": "the targets of continuous integration, minutes each",
     r"^hf auth login": "asks for a token",
+    r"^python demo\.py": "what `make demo` runs, minutes",
     r"\bbenchmarks/": "measures for minutes; docs/benchmarks.md has commands and figures",
 }
 BINDINGS = {  # pattern -> what stands for it here, in this order
