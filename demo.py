@@ -56,6 +56,7 @@ TUNE = f"""
     --encoder {MODEL} --train_blocks all --layer_decay 1 --lr 1e-3 --encoder_lr 1e-3
     --epochs 15 --eval_freq 15 --crop_size {SIZE} --batch_size 8 --batches_per_step 1 --num_workers 1
 """
+UNTAUGHT = ("raw pixels", "position alone", "random encoder")
 Rows = dict[str, dict[str, list[float]]]  # features -> metric -> a value for each seed
 
 
@@ -70,7 +71,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     tree = f"--size {SIZE} --workers 2"
     run(f"-m pixio scenes imagenet-tars {OUT}/tars --train 2500 --val 0 {tree}")
     run(f"-m pixio scenes imagenet-folders {OUT}/held_out --train 0 --val 200 --seed 1 {tree}")
-
     run(f"-m pixio scenes loveda {OUT}/loveda --train 400 --val 200 --seed 2 {tree}")
     run(f"evaluation/semseg/util/process_loveda.py {OUT}/loveda")
 
@@ -81,12 +81,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         step(f"3. Distil it into a smaller one, seed {seed}")
         teacher = f"--teacher_pretrained {folder}/pretrain/encoder.pth"
         run(f"{DISTILL} {teacher} --seed {seed} --output_dir {folder}/distill")
-        step(f"4. Fine-tune it on 400 labelled scenes, and the same from scratch, seed {seed}")
+        step(f"4. Fine-tune it on 400 labeled scenes, and the same from scratch, seed {seed}")
         for name, start in (("fine-tuned", f"{folder}/pretrain/encoder.pth"), ("scratch", "none")):
             run(f"{TUNE} --pretrained_ckp {start} --seed {seed} --output_dir {folder}/{name}")
 
     step("5. Look at the run, at what it reconstructs, and at its features")
-    first, photos = OUT / f"seed{options.seeds[0]}" / "pretrain", write_photos(6)
+    first, photos = OUT / f"seed{options.seeds[0]}" / "pretrain", write_photos(4)
     checkpoint = first / "checkpoints" / (first / "checkpoints/latest").read_text().strip()
     known = f"--expect {EXPECTED}" if EXPECTED.is_file() and not options.update_docs else ""
     known += f" --save_expected {EXPECTED}" if options.update_docs else ""
@@ -98,15 +98,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     step("6. Probe single patch tokens on scenes that no encoder has seen")
     rows, tuned = probe_all(options.seeds), tuning_results(options.seeds)
-    table, verdict = f"{markdown(rows)}\n{markdown(tuned)}", compare(rows, options.seeds)
+    table, verdict = markdown(rows), f"{compare(rows, options.seeds)} {describe(tuned)}"
     write_json(OUT / "tables.json", {"seeds": options.seeds, "probes": rows, "fine-tuning": tuned})
-    write_text(OUT / "tables.md", f"{table}\n{verdict}\n")
-    print(
-        f"\n{table}\n{verdict}\n\nIn {OUT}: curves.png, reconstruction.png, pca.png, features.npz, tables.md"
-    )
+    report = f"{table}\n{verdict} {describe_reconstruction(options.seeds)}\n"
+    write_text(OUT / "tables.md", report)
+    print(f"\n{report}\nIn {OUT}: curves.png, reconstruction.png, pca.png, features.npz, tables.md")
     if options.update_docs:
         replace_section(Path("README.md"), "demo", f"{table}\n{verdict}")
-        for name in ("reconstruction", "pca", "curves"):
+        for name in ("pca", "curves"):
             shutil.copy(OUT / f"{name}.png", f"assets/demo_{name}.png")
 
 
@@ -157,9 +156,9 @@ def probe_all(seeds: list[int]) -> Rows:
 def tuning_results(seeds: list[int]) -> Rows:
     """Segmentation of held-out scenes by whole networks, from pre-trained and from random weights."""
     rows: Rows = {}
-    for title, name in (("fine-tuned from pre-trained", "fine-tuned"), ("trained from scratch", "scratch")):
+    for name in ("fine-tuned", "scratch"):
         results = [read_json(OUT / f"seed{seed}" / name / "results.json") for seed in seeds]
-        rows[title] = {"mIoU on 400 labelled scenes": [result["last"]["miou"] for result in results]}
+        rows[name] = {"mIoU": [result["last"]["miou"] for result in results]}
     return rows
 
 
@@ -179,27 +178,36 @@ def cell(metric: str, values: list[float]) -> str:
     """Mean and range of a metric."""
     digits = 3 if metric == "depth R2" else 1
     mean, low, high = (f"{x:.{digits}f}" for x in (sum(values) / len(values), min(values), max(values)))
-    return f"{mean} ({low} to {high})" if len(values) > 1 else mean
+    return f"{mean} ({low}-{high})" if len(values) > 1 else mean
+
+
+def describe(tuned: Rows) -> str:
+    """The results of fine-tuning in a sentence."""
+    fine, scratch = (cell("mIoU", tuned[name]["mIoU"]) for name in ("fine-tuned", "scratch"))
+    return f"Fine-tuned on 400 labeled scenes: mIoU {fine}, from scratch {scratch}."
 
 
 def compare(rows: Rows, seeds: list[int]) -> str:
-    """By how much the pre-trained encoder leads the best of what learnt nothing, and the spread of seeds."""
-    learnt, sentences = rows["pre-trained encoder"], []
+    """By how much the pre-trained encoder leads the best that learnt nothing, beside the range over seeds."""
+    leads, ratios = [], []
     for metric in ("mIoU", "depth R2"):
-        untaught = {
-            name: max(rows[name][metric]) for name in ("raw pixels", "position alone", "random encoder")
-        }
-        best = max(untaught, key=untaught.get)
-        margin = sum(learnt[metric]) / len(seeds) - untaught[best]
-        sentence = f"{metric}: pre-trained {cell(metric, [margin])} above {best}"
-        if len(seeds) > 1:
-            spread = max(max(row[metric]) - min(row[metric]) for row in rows.values())
-            sentence += f", {margin / spread:.1f} times the largest range over the seeds"
-        sentences.append(sentence)
+        learnt = rows["pre-trained encoder"][metric]
+        untaught = max(max(rows[name][metric]) for name in UNTAUGHT)
+        margin = sum(learnt) / len(learnt) - untaught
+        leads.append(f"{cell(metric, [margin])} {metric}")
+        spread = max(max(row[metric]) - min(row[metric]) for row in rows.values())
+        ratios.append(f"{margin / spread:.1f}" if spread else "?")
+    lead = f"Pre-training leads the best untaught row by {' and '.join(leads)}"
+    if len(seeds) > 1:
+        lead += f" ({' and '.join(ratios)} times the largest range over {len(seeds)} seeds)"
+    return f"{lead}."
+
+
+def describe_reconstruction(seeds: list[int]) -> str:
+    """The share of the masked patches of held-out scenes that is explained, mean of the seeds."""
     losses = [held_out_loss(OUT / f"seed{seed}/pretrain/log.jsonl") for seed in seeds]
     share = 100 * (1 - sum(losses) / len(losses))
-    sentences.append(f"{share:.1f} % of the structure of masked patches of held-out scenes is explained")
-    return ". ".join([*sentences, f"Seeds {', '.join(map(str, seeds))}."])
+    return f"Of the structure of masked patches of held-out scenes {share:.1f} % is explained."
 
 
 def held_out_loss(log: Path) -> float:

@@ -62,7 +62,7 @@ def patch_tokens(encoder: pixio.PixioViT) -> View:
 
 
 def probe(view: View, train: Split, test: Split) -> dict[str, float]:
-    """Fit on one split and measure on the other; all but R2 in per cent."""
+    """Fit on one split and measure on the other; mIoU in per cent."""
     classes = F.one_hot(train["classes"], len(CLASS_NAMES)).float()
     targets = torch.cat([classes, train["log_depth"].unsqueeze(-1)], dim=-1).flatten(0, 1)  # [B*N, K + 1]
     tokens, test_tokens = (view(split["images"]).flatten(0, 1) for split in (train, test))  # [B*N, D]
@@ -70,7 +70,6 @@ def probe(view: View, train: Split, test: Split) -> dict[str, float]:
     return {
         "mIoU": 100 * mean_iou(predicted[:, :-1].argmax(dim=1), test["classes"].flatten()),
         "depth R2": r2(predicted[:, -1], test["log_depth"].flatten()),
-        "depth d1": 100 * within(predicted[:, -1], test["log_depth"].flatten(), ratio=1.25),
     }
 
 
@@ -92,8 +91,3 @@ def mean_iou(predicted: Tensor, target: Tensor) -> float:
 def r2(predicted: Tensor, target: Tensor) -> float:
     """Share of the variance explained: 1 is perfect, 0 is the mean."""
     return 1 - ((predicted - target).square().mean() / target.var(correction=0)).item()
-
-
-def within(predicted: Tensor, target: Tensor, ratio: float) -> float:
-    """Share of predictions within a factor of the truth; both are logarithms."""
-    return ((predicted - target).abs() < torch.tensor(ratio).log()).float().mean().item()

@@ -32,7 +32,7 @@ def test_position_alone_knows_the_mean_of_each_place():
     features = probes.position(16)(split["images"]).flatten(0, 1)  # [6 * 4, 4]
     found = probes.ridge(features, split["log_depth"].reshape(-1, 1), features[:4], strength=1e-9)
     np.testing.assert_allclose(found[:, 0], split["log_depth"].mean(0), atol=1e-3)
-    assert set(probes.probe(probes.raw_pixels(16), split, other)) == {"mIoU", "depth R2", "depth d1"}
+    assert set(probes.probe(probes.raw_pixels(16), split, other)) == {"mIoU", "depth R2"}
 
 
 def test_the_verdict_states_margin_and_spread_and_goes_between_the_marks(tmp_path, monkeypatch):
@@ -45,10 +45,9 @@ def test_the_verdict_states_margin_and_spread_and_goes_between_the_marks(tmp_pat
         "pre-trained encoder": row([22.0, 23.0], [0.2, 0.22]),
     }
     verdict = demo.compare(rows, [0, 1])
-    assert "mIoU: pre-trained 5.0 above position alone, 5.0 times the largest range" in verdict
-    assert "depth R2: pre-trained 0.130 above position alone, 6.5 times the largest range" in verdict
-    assert "30.0 % of the structure" in verdict
-    assert "| pre-trained encoder | 22.5 (22.0 to 23.0) | 0.210 (0.200 to 0.220) |" in demo.markdown(rows)
+    assert "by 5.0 mIoU and 0.130 depth R2 (5.0 and 6.5 times the largest range over 2 seeds)" in verdict
+    assert "scenes 30.0 % is explained" in demo.describe_reconstruction([0, 1])
+    assert "| pre-trained encoder | 22.5 (22.0-23.0) | 0.210 (0.200-0.220) |" in demo.markdown(rows)
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- demo -->\nold\n<!-- /demo -->\nafter\n")
     demo.replace_section(page, "demo", verdict)

@@ -7,6 +7,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
 
 from pixio.files import read_json, write_json
 from pixio.images.figures import figure, open_axes
@@ -82,6 +83,8 @@ def _plot_health(axes: Sequence[Axes], runs: Sequence[tuple[str, Series]], point
     variance.axhspan(0, LEAST_VARIANCE, color="C3", alpha=0.15, linewidth=0)
     variance.set(ylim=(0, 1))
     mean_square.set(yscale="log")
+    mean_square.yaxis.set_major_formatter("{x:g}")
+    mean_square.yaxis.set_minor_formatter(NullFormatter())
     rank.set(ylim=(0, None))
 
 

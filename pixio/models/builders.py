@@ -24,6 +24,7 @@ pixio_vith16 = _encoder("pixio_vith16", 1280, 32, 16)
 pixio_vit1b16 = _encoder("pixio_vit1b16", 1536, 48, 24)
 pixio_vit5b16 = _encoder("pixio_vit5b16", 3072, 48, 32)
 
+pixio_vitatto8_enc48x3h2_dec48x1h2 = _mae("pixio_vitatto8_enc48x3h2_dec48x1h2", pixio_vitatto8)
 pixio_vitfemto8_enc64x4h2_dec64x2h2 = _mae("pixio_vitfemto8_enc64x4h2_dec64x2h2", pixio_vitfemto8)
 pixio_vitpico8_enc128x6h4_dec128x2h4 = _mae("pixio_vitpico8_enc128x6h4_dec128x2h4", pixio_vitpico8)
 pixio_vitfemto16_enc64x4h2_dec64x1h2 = _mae("pixio_vitfemto16_enc64x4h2_dec64x1h2", pixio_vitfemto16)
