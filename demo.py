@@ -197,9 +197,9 @@ def compare(rows: Rows, seeds: list[int]) -> str:
         leads.append(f"{cell(metric, [margin])} {metric}")
         spread = max(max(row[metric]) - min(row[metric]) for row in rows.values())
         ratios.append(f"{margin / spread:.1f}" if spread else "?")
-    lead = f"Pre-training leads the best untaught row by {' and '.join(leads)}"
+    lead = f"Pre-training leads all that is untaught by {' and '.join(leads)}"
     if len(seeds) > 1:
-        lead += f" ({' and '.join(ratios)} times the largest range over {len(seeds)} seeds)"
+        lead += f" ({' and '.join(ratios)} times the range over {len(seeds)} seeds)"
     return f"{lead}."
 
 

@@ -45,7 +45,7 @@ def test_the_verdict_states_margin_and_spread_and_goes_between_the_marks(tmp_pat
         "pre-trained encoder": row([22.0, 23.0], [0.2, 0.22]),
     }
     verdict = demo.compare(rows, [0, 1])
-    assert "by 5.0 mIoU and 0.130 depth R2 (5.0 and 6.5 times the largest range over 2 seeds)" in verdict
+    assert "by 5.0 mIoU and 0.130 depth R2 (5.0 and 6.5 times the range over 2 seeds)" in verdict
     assert "scenes 30.0 % is explained" in demo.describe_reconstruction([0, 1])
     assert "| pre-trained encoder | 22.5 (22.0-23.0) | 0.210 (0.200-0.220) |" in demo.markdown(rows)
     page = tmp_path / "page.md"
