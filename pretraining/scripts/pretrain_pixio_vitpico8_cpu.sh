@@ -5,8 +5,8 @@
 #              your own images: … --dataset_type folder --data_path /data/photos
 #   hardware   two CPU cores
 #   hours      about 1, computed: 6,000 steps of 64 images at 102 images/s per core (measured on one busy core of an AMD EPYC)
-#   health     lr 1e-3 was measured to be healthy at this width, 4e-3 not (docs/health.md)
-#   expect     not run to its end yet; the demo's table in the README is of a smaller model and a quarter of the images
+#   health     lr 1e-3 is that of the demo, whose health docs/health.md shows; at this width not measured
+#   expect     not run to its end yet; the demo's table in the README is of a smaller model and a fifth of the images
 # Further flags are passed on, and the last one wins. The same command resumes a run that was stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
