@@ -30,7 +30,7 @@ from benchmarks.probes import (
     raw_pixels,
 )
 from pixio.files import read_json, write_json, write_text
-from pixio.synthetic.scenes import render
+from pixio.synthetic.scenes import CLASS_NAMES, render
 
 OUT = Path("runs/demo")
 EXPECTED = Path("pretraining/expected_demo.json")  # points of its curves, see `pixio curves --expect`
@@ -55,6 +55,7 @@ TUNE = f"""
     evaluation/eval_semseg.py --config evaluation/semseg/configs/loveda_linear.yaml --data_root {OUT}/loveda
     --encoder {MODEL} --train_blocks all --layer_decay 1 --lr 1e-3 --encoder_lr 1e-3
     --epochs 15 --eval_freq 15 --crop_size {SIZE} --batch_size 8 --batches_per_step 1 --num_workers 1
+    --class_names {" ".join(CLASS_NAMES)}
 """
 UNTAUGHT = ("raw pixels", "position alone", "random encoder")
 Rows = dict[str, dict[str, list[float]]]  # features -> metric -> a value for each seed
@@ -95,6 +96,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = f"--pretrained {first}/encoder.pth --size {2 * SIZE}"
     run(f"-m pixio pca {photos} {flags} --smooth --output {OUT}/pca.png")
     run(f"-m pixio features {photos} {flags} --output {OUT}/features.npz")
+    run(f"-m pixio explore {photos} {flags} --output {OUT}/explore.html")
+    head = f"{first.parent}/fine-tuned/head.pth"
+    run(f"-m pixio predict {photos} --head {head} --output {OUT}/predicted")
 
     step("6. Probe single patch tokens on scenes that no encoder has seen")
     rows, tuned = probe_all(options.seeds), tuning_results(options.seeds)
@@ -102,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_json(OUT / "tables.json", {"seeds": options.seeds, "probes": rows, "fine-tuning": tuned})
     report = f"{table}\n{verdict} {describe_reconstruction(options.seeds)}\n"
     write_text(OUT / "tables.md", report)
-    print(f"\n{report}\nIn {OUT}: curves.png, reconstruction.png, pca.png, features.npz, tables.md")
+    made = "curves.png, reconstruction.png, pca.png, features.npz, explore.html, predicted/, tables.md"
+    print(f"\n{report}\nIn {OUT}: {made}")
     if options.update_docs:
         replace_section(Path("README.md"), "demo", f"{table}\n{verdict}")
         shutil.copy(OUT / "pca.png", "assets/demo_pca.png")
