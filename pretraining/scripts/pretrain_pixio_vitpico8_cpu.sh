@@ -4,7 +4,7 @@
 #   command    cd pretraining && bash scripts/pretrain_pixio_vitpico8_cpu.sh
 #              your own images: … --dataset_type folder --data_path /data/photos
 #   hardware   two CPU cores
-#   hours      about 1, computed: 6,000 steps of 64 images at 102 images/s per core (measured on one busy core of an AMD EPYC)
+#   hours      about 1 on one core, computed: 6,000 steps of 64 images at 102 images/s, measured on a busy AMD EPYC
 #   health     lr 1e-3 is that of the demo, whose health docs/health.md shows; at this width not measured
 #   expect     not run to its end yet; the demo's table in the README is of a smaller model and a fifth of the images
 # Further flags are passed on, and the last one wins. The same command resumes a run that was stopped.
