@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from pixio.dense.heads import KINDS, head_blocks, make_head
 from pixio.dense.outputs import Classes, Depth, Output
 from pixio.files import write_atomic
-from pixio.images.targets import IGNORE
 from pixio.models.external import depth_of, fingerprint, load_encoder
 from pixio.models.registry import from_pretrained
 from pixio.weights.reading import read_file
@@ -161,6 +160,8 @@ def read_head(path: str | Path) -> HeadFile:
         elif kind is Depth:
             output = Depth(_NEAREST, identity["max_depth"])
         else:
+            from pixio.images.targets import IGNORE  # here: it needs numpy, and `pixio.dense` torch alone
+
             output = Classes.of(tuple(f"class {c}" for c in range(min(identity["outputs"], IGNORE))))
         state, epoch = content["state"], content["epoch"]
         identity["encoder_sha256"], identity["channels"], identity["outputs"]
