@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 import torch
 import training_loop
+import tuning
 import yaml
-from dense import probe, training
+from dense import training
 from dense.data import StepSampler, open_split
 from dense.probe import build_probe
 from eval_monodepth import DepthConfig
@@ -424,7 +425,7 @@ def test_counts_are_a_warning_or_an_error(trees, tmp_path, capsys):
         ("--port 70000", "--port must be an integer of at least 1 and of at most 65535 or none, found 70000"),
         ("--nclass 3", "--nclass is 3, but ade20k has 150 class names"),
         ("--crop_size 8", "windows of 8 pixels are below the patch size, 16 pixels"),
-        ("--head nowhere.pth --eval_only", "no weight file at nowhere.pth"),
+        ("--head nowhere.pth --eval_only", "no weight file at /"),
         ("--encoder pixio_vitpeco16", "did you mean pixio_vitpico16"),
         ("--data_root nowhere", "there is no such folder"),
     ],
@@ -484,7 +485,7 @@ def test_published_steps_per_epoch():
 
 def test_patch_14_encoders_see_crops_of_a_multiple_of_14(trees, tmp_path, monkeypatch):
     sizes = {"img_size": 28, "patch_size": 14, "embed_dim": 16, "depth": 4, "num_heads": 2}
-    monkeypatch.setattr(probe, "load_encoder", lambda *_: pixio.PixioViT(**sizes))
+    monkeypatch.setattr(tuning, "load_encoder", lambda *_: pixio.PixioViT(**sizes))
     results = eval_monodepth.main(depth(trees, tmp_path, "--epochs", "1"))
     assert results["window"] == {"size": 28, "stride": 18}
 

@@ -1,5 +1,7 @@
 """Training some of the encoder: which blocks learn, how fast, in depth and segmentation."""
 
+import shlex
+
 import eval_monodepth
 import eval_semseg
 import pytest
@@ -89,19 +91,8 @@ def test_stochastic_depth_reaches_blocks_that_learn_alone():
 
 def test_no_blocks_is_the_frozen_run(trees, tmp_path):  # noqa: F811
     frozen = eval_monodepth.main(depth(trees, tmp_path / "a", "--epochs", "1"))
-    flags = [
-        "--epochs",
-        "1",
-        "--train_blocks",
-        "0",
-        "--encoder_lr",
-        "1",
-        "--layer_decay",
-        "0.5",
-        "--drop_path",
-        "0.5",
-    ]
-    zero = eval_monodepth.main(depth(trees, tmp_path / "b", *flags.split()))
+    flags = shlex.split("--epochs 1 --train_blocks 0 --encoder_lr 1 --layer_decay 0.5 --drop_path 0.5")
+    zero = eval_monodepth.main(depth(trees, tmp_path / "b", *flags))
     assert metrics_of(zero) == metrics_of(frozen)
     heads = [torch.load(tmp_path / folder / "head.pth")["state"] for folder in "ab"]
     assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])

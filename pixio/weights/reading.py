@@ -97,6 +97,8 @@ def read_file(path: str | Path) -> dict[str, Any]:
             f"{path}: {what}; only tensors and plain containers are loaded, because pickles can run code; "
             "ask whoever made it for a file of its state dict alone"
         ) from None
+    except ImportError:  # of the library for such files
+        raise
     except Exception as error:  # a damaged file can fail anywhere inside the readers
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
