@@ -1,4 +1,4 @@
-"""The whole of Pixio in minutes on rendered scenes: pre-train, look at it, distil it, measure what it learnt.
+"""Pixio in minutes on rendered scenes: pre-train it, look at it, distill it, measure what it learned.
 
     make demo                                    or: python demo.py
     python demo.py --seeds 0 1 2 --update_docs   three runs, into README's tables and the pictures of assets/
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = OUT / f"seed{seed}"
         step(f"2. Pre-train a small Pixio, seed {seed}")
         run(f"{PRETRAIN} --seed {seed} --output_dir {folder}/pretrain")
-        step(f"3. Distil it into a smaller one, seed {seed}")
+        step(f"3. Distill it into a smaller one, seed {seed}")
         teacher = f"--teacher_pretrained {folder}/pretrain/encoder.pth"
         run(f"{DISTILL} {teacher} --seed {seed} --output_dir {folder}/distill")
         step(f"4. Fine-tune it on 400 labeled scenes, and the same from scratch, seed {seed}")
@@ -192,12 +192,12 @@ def describe(tuned: Rows) -> str:
 
 
 def compare(rows: Rows, seeds: list[int]) -> str:
-    """By how much the pre-trained encoder leads the best that learnt nothing, beside the range over seeds."""
+    """How far the pre-trained encoder leads the best that learned nothing, beside the range over seeds."""
     leads, ratios = [], []
     for metric in ("mIoU", "depth R2"):
-        learnt = rows["pre-trained encoder"][metric]
+        learned = rows["pre-trained encoder"][metric]
         untaught = max(max(rows[name][metric]) for name in UNTAUGHT)
-        margin = sum(learnt) / len(learnt) - untaught
+        margin = sum(learned) / len(learned) - untaught
         leads.append(f"{cell(metric, [margin])} {metric}")
         spread = max(max(row[metric]) - min(row[metric]) for row in rows.values())
         ratios.append(f"{margin / spread:.1f}" if spread else "?")

@@ -95,12 +95,11 @@ def build(config: BenchmarkConfig) -> nn.Module:
 
 def peak_of(runtime: Runtime) -> tuple[float, str]:
     """Operations per second that 100 % MFU stands for, and where they come from."""
-    if runtime.device.type == "cuda" and runtime.dtype != torch.float32:
-        name = torch.cuda.get_device_name(runtime.device)
-        for card, (_, tflops) in CARDS.items():
-            if card in name.lower().replace(" ", ""):
-                return 1e12 * tflops, f"data sheet of {name}"
-    side = 4096 if runtime.device.type == "cuda" else 1024
+    name = runtime.device_name
+    for card, (_, tflops) in CARDS.items():
+        if card in name.lower().replace(" ", "") and runtime.dtype != torch.float32:
+            return 1e12 * tflops, f"data sheet of {name}"
+    side = 1024 if runtime.device.type == "cpu" else 4096
     a = torch.randn(side, side, device=runtime.device, dtype=runtime.dtype)
     times = []
     for _ in range(10):

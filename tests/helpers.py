@@ -112,6 +112,20 @@ def latest_checkpoint(run: Path) -> dict:
     return materialize(read_checkpoint(run / "checkpoints" / name))
 
 
+def run_two_ranks(command: list, **variables: str) -> None:
+    """Run a command as ranks 0 and 1 of this node, and wait until both have ended well."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", **variables}
+    ranks = [
+        subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in (0, 1)
+    ]
+    try:
+        assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
 def free_port() -> int:
     """A TCP port of this host that nobody listens on."""
     with socket.socket() as server:

@@ -2,7 +2,6 @@
 
 import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import training_loop
 from classify.data import open_images, seeded
 from classify.heads import AttentiveProbe, LinearProbe
 from eval_classify import ClassifyConfig, mixing
-from helpers import ALONE, Killed, free_port, read_log, write_tar
+from helpers import ALONE, Killed, free_port, read_log, run_two_ranks, write_tar
 from image_sets import encoded
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
@@ -229,18 +228,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folders, tuned, tmp_path, mon
 @pytest.mark.slow
 def test_two_ranks_train_and_score_like_one(folders, tuned, tmp_path):
     path = os.pathsep.join(entry for entry in sys.path if entry)
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    shared |= {"LOCAL_WORLD_SIZE": "2", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, eval_classify.__file__, *flags(folders, tmp_path, *TUNED)]
-    ranks = [
-        subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in (0, 1)
-    ]
-    try:
-        assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    run_two_ranks(command, MASTER_PORT=str(free_port()), PYTHONPATH=path, OMP_NUM_THREADS="1")
     for key in ("loss", "grad_norm"):
         found, expected = ([row[key] for row in read_log(run)] for run in (tmp_path, tuned[1]))
         assert found == pytest.approx(expected, rel=5e-3)

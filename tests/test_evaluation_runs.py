@@ -25,7 +25,7 @@ from dense.data import StepSampler, open_split
 from dense.probe import build_probe
 from eval_monodepth import DepthConfig
 from eval_semseg import SegmentationConfig
-from helpers import ALONE, Killed, free_port, interrupt_twice, latest_checkpoint, read_log
+from helpers import ALONE, Killed, free_port, interrupt_twice, latest_checkpoint, read_log, run_two_ranks
 from PIL import Image
 
 import pixio
@@ -271,16 +271,7 @@ def on_two_ranks(trees, tmp_path_factory) -> Path:
     ports = [str(free_port()) for _ in commands]
     arguments = [sys.executable, "-c", TWO_RANKS, *ports, *map(" ".join, commands)]
     path = os.pathsep.join([str(EVALUATION), str(EVALUATION.parent)])
-    shared = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "PYTHONPATH": path}
-    ranks = [
-        subprocess.Popen(arguments, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in (0, 1)
-    ]
-    try:
-        assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    run_two_ranks(arguments, PYTHONPATH=path)
     return folder
 
 

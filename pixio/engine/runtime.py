@@ -57,6 +57,11 @@ class Runtime(Collectives):
         return self.device.type == "cpu"
 
     @property
+    def device_name(self) -> str:
+        """The GPU's name, such as "NVIDIA H100 80GB HBM3"; of other devices their kind."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    @property
     def pins_memory(self) -> bool:
         """True where batches in pinned memory reach the device faster."""
         return self.device.type == "cuda"
@@ -222,9 +227,8 @@ def start_runtime(
     chosen = choose_device(device, ranks)
     precision = _choose_dtype(dtype, chosen)
     if chosen.type == "cuda":
-        if (
-            parallel != "ddp"
-        ):  # what FSDP gathers and frees would leave gaps; read when memory is first asked for
+        if parallel != "ddp":
+            # what FSDP gathers and frees would leave gaps; read when memory is first asked for
             os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves a product in float32
@@ -335,17 +339,12 @@ def describe_devices() -> list[str]:
     lines = []
     for index in range(gpus):
         found = torch.cuda.get_device_properties(index)
-        bf16 = (
-            "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16: use --dtype fp16"
-        )
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16 = "bf16" if able else "no bf16: use --dtype fp16"
         lines.append(f"cuda:{index}: {found.name}, {found.total_memory / GIB:.0f} GiB, {bf16}")
     if torch.backends.mps.is_available():
         lines.append("mps")
     bf16 = "bf16" if _cpu_computes_bf16() else "no bf16 arithmetic: computes in float32"
     cpu = f"cpu: {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, {bf16}"
-    built = (
-        f"torch is built for CUDA {torch.version.cuda}"
-        if torch.version.cuda
-        else "torch is built without CUDA"
-    )
-    return lines or [f"{cpu}; no GPU ({built})"]
+    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    return lines or [f"{cpu}; no GPU (torch is built {built})"]

@@ -98,7 +98,8 @@ def write_folder(
             in one file of safetensors; see also `FeatureExtractor.run`.
     """
     spec = extractor.spec
-    assert isinstance(spec, TokenFeatures)
+    if not isinstance(spec, TokenFeatures):
+        raise ValueError(f"a folder holds TokenFeatures, the extractor computes {type(spec).__name__}")
     if format not in FORMATS:
         raise ValueError(f"unknown format '{format}': choose one of {', '.join(FORMATS)}")
     if format == "npy" and spec.transform.fit != "square" and "patch_tokens" in spec.arrays:
