@@ -22,6 +22,7 @@ class EvaluationConfig:
     output_dir: str | None = option(None, "what the run writes; by default a folder named after it in runs/")
     device: str = option("auto", "auto, cpu, mps or a GPU")
     dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", "what autocast computes in")
+    deterministic: bool = option(False, "the same bits each time on a GPU too, with slower kernels")
     port: int | None = option(None, "of the rendezvous, if the launcher does not say", ge=1, le=65_535)
     local_rank: int | None = option(
         None, "accepted from launchers that pass it; ranks come from their variables", ("local-rank",), ge=-1
@@ -37,7 +38,13 @@ def run_evaluation(name: str, config: EvaluationConfig, body: Callable[[Runtime]
         body: the evaluation.
     """
     with program(name, "eval"):
-        runtime = start_runtime(config.device, config.dtype, local_rank=config.local_rank, port=config.port)
+        runtime = start_runtime(
+            config.device,
+            config.dtype,
+            local_rank=config.local_rank,
+            port=config.port,
+            deterministic=config.deterministic,
+        )
         try:
             return body(runtime)
         finally:

@@ -23,7 +23,7 @@ from pixio.engine.training import say_stopped
 RESUME_IGNORES = (
     *("config", "encoder", "model", "pretrained_ckp", "data_root", "data_path", "output_dir", "expect_count"),
     *("device", "port", "local_rank", "num_workers", "window_batch", "eval_freq", "panels", "save_minutes"),
-    "log_freq",
+    *("log_freq", "deterministic"),
 )
 # Options that older runs lack, and what they would have been.
 _SINCE = {

@@ -198,6 +198,7 @@ def start_runtime(
     parallel: Literal["ddp", "fsdp", "hybrid"] = "ddp",
     timeout_minutes: float = 30.0,
     port: int | None = None,
+    deterministic: bool = False,
 ) -> Runtime:
     """Find this process's ranks, choose its device and precision, and join the other ranks.
 
@@ -217,12 +218,16 @@ def start_runtime(
         timeout_minutes: how long ranks wait for another, or for its GPU, before all end with a message that
             names it; where it cannot be told who is missing, torch ends them after twice this time.
         port: of the rendezvous, where neither `dist_url` nor MASTER_PORT says it.
+        deterministic: let this process compute with kernels that give the same bits each time, where torch
+            has some; an operation without one raises RuntimeError.
 
     Raises:
         ValueError: the device or precision is not available here, or the ranks contradict each other.
         OSError: the other ranks cannot be reached, or some did not come.
     """
     signals.end_workers_with_this_process()
+    if deterministic:
+        _be_deterministic()
     ranks = find_ranks(os.environ, world_size, local_rank, dist_url, port)
     chosen = choose_device(device, ranks)
     precision = _choose_dtype(dtype, chosen)
@@ -251,6 +256,15 @@ def start_runtime(
         mesh=mesh,
         host_group=host_group,
     )
+
+
+def _be_deterministic() -> None:
+    """Take kernels that sum in a fixed order, and choose none by timing."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a GPU computes its first product
+    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # read when something is first compiled
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nobody reads it
 
 
 def place_frozen(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -81,6 +81,7 @@ class TrainConfig:
     parallel: Literal["ddp", "fsdp", "hybrid"] = option(
         "ddp", "a model per GPU, shards over all GPUs, or shards within each node"
     )
+    deterministic: bool = option(False, "the same bits each time on a GPU too, with slower kernels")
     grad_checkpointing: bool = option(False, "recompute activations: much less memory, a third more time")
     world_size: int | None = option(None, "processes, when started by hand; launchers set it", ge=1)
     local_rank: int | None = option(None, "which of them this is", aliases=("local-rank",), ge=0)
@@ -163,7 +164,9 @@ def run_program(
     """
     with program(prog, "train", (NonFiniteLoss, *failures)), defer_signals():
         launcher = (config.world_size, config.local_rank, config.dist_url)
-        runtime = start_runtime(config.device, config.dtype, *launcher, config.parallel)
+        runtime = start_runtime(
+            config.device, config.dtype, *launcher, config.parallel, deterministic=config.deterministic
+        )
         gc.freeze()  # what is there stays
         gc.disable()  # see `collect_garbage`
         try:
