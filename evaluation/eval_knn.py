@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from feature_bank import PooledFeatures, list_classes, open_bank
+from feature_bank import LabeledFolder, PooledFeatures, list_classes, open_bank
 from launch import EvaluationConfig, run_evaluation
 from torch import nn
 
@@ -26,6 +26,7 @@ from pixio.engine.lock import lock_folder
 from pixio.engine.runtime import Runtime, place_frozen
 from pixio.features.extraction import FeatureExtractor
 from pixio.features.knn import KNNClassifier
+from pixio.features.store import FeatureStore
 from pixio.files import write_json
 from pixio.models.external import depth_of, fingerprint, load_encoder
 
@@ -96,25 +97,10 @@ def evaluate(config: KnnConfig, runtime: Runtime) -> dict[str, Any]:
         )
     extracted = time.monotonic()
 
-    # ---- search
-    knn = KNNClassifier(
-        ks[-1],
-        config.temperature,
-        normalize=False,  # they are; once more would round otherwise
-        memory_gb=config.memory_gb,
-        device=runtime.device,
-        progress=runtime.is_main,
-    )
-    rows = []
-    for block in spec.block_ids:
-        knn.fit(bank.array(f"block_{block}"), train.labels, len(train.classes))
-        counts = knn.count_correct(
-            queries.array(f"block_{block}"), val.labels, ks, runtime.rank, runtime.world_size
-        )
-        counts = torch.stack(runtime.gather(counts)).sum(0)  # [len(ks), 2]
-        shares = (100 * counts.double() / len(val)).tolist()
-        metrics = {str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in zip(ks, shares, strict=True)}
-        rows.append({"block": block, "k": metrics})
+    rows = [
+        {"block": block, "k": search(config, runtime, f"block_{block}", (bank, train), (queries, val), ks)}
+        for block in spec.block_ids
+    ]
 
     # ---- results
     results = {
@@ -153,6 +139,31 @@ def choose_features(config: KnnConfig, encoder: nn.Module) -> PooledFeatures:
     depth = depth_of(encoder)
     block_ids = tuple(range(depth)) if config.per_block else (depth - 1,)
     return PooledFeatures(config.input_size, crop, config.pool, block_ids)
+
+
+def search(
+    config: KnnConfig,
+    runtime: Runtime,
+    name: str,
+    train: tuple[FeatureStore, LabeledFolder],
+    val: tuple[FeatureStore, LabeledFolder],
+    ks: Sequence[int],
+) -> dict[str, dict[str, float]]:
+    """Collective: classify the validation images by one feature; k -> top-1 and top-5 in percent."""
+    (bank, labeled), (queries, asked) = train, val
+    knn = KNNClassifier(
+        ks[-1],
+        config.temperature,
+        normalize=False,  # they are; once more would round otherwise
+        memory_gb=config.memory_gb,
+        device=runtime.device,
+        progress=runtime.is_main,
+    )
+    knn.fit(bank.array(name), labeled.labels, len(labeled.classes))
+    counts = knn.count_correct(queries.array(name), asked.labels, ks, runtime.rank, runtime.world_size)
+    counts = torch.stack(runtime.gather(counts)).sum(0)  # [len(ks), 2]
+    shares = (100 * counts.double() / len(asked)).tolist()
+    return {str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in zip(ks, shares, strict=True)}
 
 
 def publish(results: dict[str, Any], output: Path) -> None:

@@ -142,27 +142,10 @@ def write_tree(
     Raises:
         ValueError: for an unknown layout, a number out of range, or a root that holds anything else.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
-    rules = LAYOUTS[layout]
+    rules = _rules(layout)
     if val is None:
         val = min(100, rules.capacity[1])
-    for name, value, least in (
-        ("train", train, 0),
-        ("val", val, 0),
-        ("size", size, 1),
-        ("seed", seed, 0),
-        ("workers", workers, 0),
-        ("per_tar", per_tar, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    for split, count, capacity in zip(_SPLITS, (train, val), rules.capacity, strict=True):
-        if count > capacity:
-            raise ValueError(
-                f"layout {layout} holds at most {capacity} {split} images, {count} were asked for: "
-                f"give --{split} {capacity}"
-            )
+    _check_numbers(layout, train=train, val=val, size=size, seed=seed, workers=workers, per_tar=per_tar)
     root = Path(root)
     request = {"layout": layout, "train": train, "val": val, "size": size, "seed": seed, "renderer": VERSION}
     if rules.in_tars:
@@ -188,6 +171,26 @@ def write_tree(
         _write(root / path, text.encode())
     os.replace(begun, finished)
     return TreeSummary(root, layout, train, val, files, written)
+
+
+def _rules(layout: str) -> Layout:
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
+    return LAYOUTS[layout]
+
+
+def _check_numbers(layout: str, **numbers: int) -> None:
+    """Refuses numbers that no tree can have, and more images than the layout has names for."""
+    for name, value in numbers.items():
+        least = 1 if name in ("size", "per_tar") else 0
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    for split, capacity in zip(_SPLITS, LAYOUTS[layout].capacity, strict=True):
+        if numbers[split] > capacity:
+            raise ValueError(
+                f"layout {layout} holds at most {capacity} {split} images, {numbers[split]} were asked for: "
+                f"give --{split} {capacity}"
+            )
 
 
 def _check_same(root: Path, record: Path, request: dict[str, object]) -> None:
