@@ -142,7 +142,9 @@ def write_tree(
     Raises:
         ValueError: for an unknown layout, a number out of range, or a root that holds anything else.
     """
-    rules = _rules(layout)
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
+    rules = LAYOUTS[layout]
     if val is None:
         val = min(100, rules.capacity[1])
     _check_numbers(layout, train=train, val=val, size=size, seed=seed, workers=workers, per_tar=per_tar)
@@ -171,12 +173,6 @@ def write_tree(
         _write(root / path, text.encode())
     os.replace(begun, finished)
     return TreeSummary(root, layout, train, val, files, written)
-
-
-def _rules(layout: str) -> Layout:
-    if layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
-    return LAYOUTS[layout]
 
 
 def _check_numbers(layout: str, **numbers: int) -> None:
