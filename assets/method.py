@@ -6,6 +6,9 @@ Masks and numbers of blocks and tokens are the real ones: MAE as published
 (https://arxiv.org/abs/2111.06377), Pixio with its default recipe. The photographs are rendered scenes.
 """
 
+import base64
+import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from PIL import Image
 
 from pixio.models.masking import block_mask
 from pixio.synthetic.scenes import render
@@ -30,6 +34,7 @@ PITCH = 0.075  # from block to block
 # left edges of the columns
 DATA, MASK, TOKENS, ENCODE, DECODE, PIXELS = 0.45, 3.45, 6.2, 7.4, 10.2, 13.0
 WIDTH, ROW = 15.25, 3.0
+_EMBEDDED = re.compile(r"data:image/png;base64,([^\"]+)")
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,13 @@ def caption(axes: Axes, x: float, y: float, text: str, color: str) -> None:
     axes.text(x, y - SIDE / 2 - 0.14, text, color=color, weight=weight, **style)
 
 
+def as_jpeg(embedded: re.Match[str]) -> str:
+    """A PNG inside of an SVG as a JPEG: a fifth of the bytes."""
+    png, jpeg = io.BytesIO(base64.b64decode(embedded[1])), io.BytesIO()
+    Image.open(png).convert("RGB").save(jpeg, "JPEG", quality=85, subsampling=0, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"
+
+
 def main() -> None:
     """Write both files."""
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "pixio"}):
@@ -151,8 +163,12 @@ def main() -> None:
             draw(axes, method, 1.72 + ROW * i)
         axes.set(xlim=(-0.15, WIDTH - 0.15), ylim=(0, height))
         target = Path(__file__).with_name("method")
-        figure.savefig(target.with_suffix(".png"), dpi=110)
-        figure.savefig(target.with_suffix(".svg"), metadata={"Date": None})
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=110)
+        Image.open(drawn).convert("RGB").save(target.with_suffix(".png"), optimize=True)
+        drawn = io.StringIO()
+        figure.savefig(drawn, format="svg", dpi=130, metadata={"Date": None})
+        target.with_suffix(".svg").write_text(_EMBEDDED.sub(as_jpeg, drawn.getvalue()))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pixio.cli import curves, drawing
 from pixio.cli.report import write_report
 from pixio.engine.checkpoint import Checkpoints
 from pixio.features.pca import pca_colors, similarity
+from pixio.images import figures
 from pixio.images.inference import Transform
 from pixio.models.mae import MAEOutput, patch_statistics, patchify
 
@@ -191,6 +192,28 @@ def test_pictures_of_features_are_drawn_for_photographs_of_several_sizes(mae, tm
     drawing.save_sheet(panels, tmp_path / "tokens.pdf", names=["a", "b"])
     assert (tmp_path / "pca.png").stat().st_size > 1000
     assert (tmp_path / "tokens.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize(("images", "wide"), [(1, True), (2, False), (4, True), (8, False)])
+def test_images_stand_side_by_side_where_that_is_wider_and_fits_a_page(images, wide, tmp_path):
+    photos = [torch.full((3, 32, 32), 40, dtype=torch.uint8)] * images
+    names = [f"photo {i}" for i in range(images)]
+    drawing.save_sheet({"image": photos, "map": photos}, tmp_path / "sheet.png", names)
+    with Image.open(tmp_path / "sheet.png") as picture:
+        width, height = picture.size
+        dark = (np.asarray(picture.convert("L")) == 40).mean()
+    assert (width > 1.3 * height) == wide
+    assert dark > 0.7  # photographs fill the sheet
+
+
+def test_a_png_of_a_figure_has_no_opacity_and_is_compressed_well(tmp_path):
+    with figures.figure(tmp_path / "small.png", 2, 1) as drawn:
+        drawn.subplots().imshow(np.random.default_rng(0).random((20, 20)))
+    with Image.open(tmp_path / "small.png") as picture:
+        assert picture.mode == "RGB"
+        assert picture.size == (400, 200)
+        picture.convert("RGBA").save(tmp_path / "plain.png")
+    assert (tmp_path / "small.png").stat().st_size < 0.95 * (tmp_path / "plain.png").stat().st_size
 
 
 # --------------------------------------------------------------------------------------------------- curves

@@ -25,10 +25,12 @@ HIDDEN = 128  # gray of a masked pixel
 PANELS = ("original", "masked", "reconstruction", "pasted")
 FADED = 0.15  # what is left of the background's contrast, on white
 SHOWN = 640  # longer side in pixels at which photographs and maps are drawn
+ENLARGED = 2  # times, at most: more pixels would show nothing new
 FRAMES = 24  # of a sweep, at most
 _PAGE = 7.0  # inches, width of a page of two columns
 _PANEL = (0.95, 1.7)  # inches, range of the width of a panel
 _BAR = 0.8  # inches beside the panels for a color bar and its labels
+_LEAST_DPI = 100  # for legible text
 _LETTER = 0.07  # inches, mean width in the names of rows
 
 
@@ -247,39 +249,50 @@ def save_sheet(
     title: str = "",
     dpi: int = 200,
 ) -> None:
-    """Draw one row per image and one titled column per panel.
+    """Draw one row per image and one column per panel; images side by side if that is wider and fits a page.
 
     Args:
         panels: title -> a tensor per image, the same number for all: photographs uint8 [3, H, W] and maps
             [H, W], which share one scale of colors.
         path: picture to write; a file object receives a PNG.
-        names: a label for each row, shortened to its height.
+        names: a label for each image, shortened to its side of the picture.
         scale: what the maps measure, beside their color bar.
         marks: (x, y) of numbered points in the first panel, in its pixels.
         title: of the whole sheet.
-        dpi: resolution.
+        dpi: resolution, less where it would enlarge all images more than `ENLARGED` times.
     """
-    columns = list(panels.values())
-    heights = [image.shape[-2] / image.shape[-1] for image in columns[0]]
-    maps = [image for column in columns for image in column if image.ndim == 2]
+    shapes = [image.shape[-2:] for image in next(iter(panels.values()))]
+    aspects = [width / height for height, width in shapes]
+    across = len(panels) < len(aspects) and sum(aspects) * _PANEL[0] <= _PAGE
+    maps = [image for images in panels.values() for image in images if image.ndim == 2]
     low, high = (min(m.min().item() for m in maps), max(m.max().item() for m in maps)) if maps else (0, 1)
-    panel = min(max(_PAGE / len(columns), _PANEL[0]), _PANEL[1])
-    width = panel * len(columns) + 0.2 * bool(names) + _BAR * bool(maps)
-    lines = 1 + max(heading.count("\n") for heading in panels)
-    height = panel * sum(heights) + 0.2 * lines + 0.25 * bool(title)
+    panel = min(max(_PAGE / (sum(aspects) if across else len(panels)), _PANEL[0]), _PANEL[1])  # inches
+    if across:
+        widths, heights = [panel * aspect for aspect in aspects], [panel] * len(panels)
+    else:
+        widths, heights = [panel] * len(panels), [panel / aspect for aspect in aspects]
+    sharp = ENLARGED * max(w for _, w in shapes) / max(widths)
+    dpi = int(min(dpi, max(sharp, _LEAST_DPI)))
+    labels = list(panels) if across else [_shorten(*each) for each in zip(names, heights, strict=False)]
+    headings = [_shorten(*each) for each in zip(names, widths, strict=False)] if across else list(panels)
+    lines = 1 + max((heading.count("\n") for heading in headings), default=-1)
+    width = sum(widths) + 0.2 * bool(labels) * (1 + across) + _BAR * bool(maps)
+    height = sum(heights) + 0.2 * lines + 0.25 * bool(title)
     with figure(path, width, height, dpi) as sheet:
         sheet.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
-        axes = sheet.subplots(len(heights), len(columns), squeeze=False, height_ratios=heights)
-        for column, (heading, images) in enumerate(panels.items()):
-            axes[0, column].set_title(heading, pad=4)
-            for axis, image in zip(axes[:, column], images, strict=True):
+        grid = {"squeeze": False, "width_ratios": widths, "height_ratios": heights}
+        axes = sheet.subplots(len(heights), len(widths), **grid)
+        for images, line in zip(panels.values(), axes if across else axes.T, strict=True):
+            for axis, image in zip(line, images, strict=True):
                 pixels = image.cpu().numpy()
                 pixels = pixels.transpose(1, 2, 0) if image.ndim == 3 else pixels
                 shown = axis.imshow(pixels, vmin=low, vmax=high, interpolation="antialiased")
                 axis.set(xticks=[], yticks=[])
                 axis.spines[:].set_visible(False)
-        for row, name in enumerate(names):
-            axes[row, 0].set_ylabel(_shorten(name, panel * heights[row]), fontsize=8)
+        for axis, heading in zip(axes[0], headings, strict=False):
+            axis.set_title(heading, pad=4)
+        for axis, label in zip(axes[:, 0], labels, strict=False):
+            axis.set_ylabel(label, fontsize=8)
         for number, (x, y) in enumerate(marks, 1):
             axes[0, 0].plot(x, y, "o", markersize=9, mfc="white", mec="black", clip_on=False)
             axes[0, 0].annotate(

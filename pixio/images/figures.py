@@ -1,5 +1,6 @@
 """Figures: one look for every plot and sheet that matplotlib draws, in files that are whole or absent."""
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from PIL import Image
 
 from pixio.files import write_atomic
 
@@ -48,9 +50,19 @@ def figure(path: str | Path | BinaryIO, width: float, height: float, dpi: int = 
         yield drawn
         if isinstance(path, (str, Path)):
             suffix = Path(path).suffix[1:]
-            write_atomic(path, lambda file: drawn.savefig(file, format=suffix, dpi=dpi))
+            write_atomic(path, lambda file: _save(drawn, file, suffix, dpi))
         else:
-            drawn.savefig(path, format="png", dpi=dpi)
+            _save(drawn, path, "png", dpi)
+
+
+def _save(drawn: Figure, file: BinaryIO, suffix: str, dpi: int) -> None:
+    """Write a figure; a PNG without matplotlib's alpha channel, compressed as far as it goes."""
+    if suffix != "png":
+        drawn.savefig(file, format=suffix, dpi=dpi)
+        return
+    pixels = io.BytesIO()
+    drawn.savefig(pixels, format="png", dpi=dpi, pil_kwargs={"compress_level": 0})
+    Image.open(pixels).convert("RGB").save(file, "PNG", optimize=True, dpi=(dpi, dpi))
 
 
 def color_bar(shown: ScalarMappable, axes: Sequence[Axes], label: str, width: float, height: float) -> None:
