@@ -13,26 +13,30 @@ class DistillConfig(TrainConfig):
     """Distill a frozen teacher into smaller encoders. "Per student": one value for all, or one for each."""
 
     teacher_model: str = option("pixio_vit5b16", "pixio_…, timm/NAME or hf/FOLDER")
-    teacher_pretrained: str | None = option(None, "weight file of the teacher; hf/FOLDER has its own")
-    resize_teacher: bool = option(False, "interpolate the map of a teacher with another patch size")
-    feature_cache: str | None = option(None, "folder: compute teacher features once, without augmentation")
+    teacher_pretrained: str | None = option(None, "weight file of the teacher; not needed for hf/FOLDER")
+    resize_teacher: bool = option(False, "interpolate the feature map of a teacher whose patch size differs")
+    feature_cache: str | None = option(
+        None, "folder to store teacher features in, computed once, without augmentation"
+    )
     student_models: tuple[str, ...] = option(
         ("pixio_vit1b16", "pixio_vith16"), "encoders to train, see `pixio info`", aliases=("student_model",)
     )
     init_students: tuple[str, ...] | None = option(
-        None, "files to start from, one per student: encoders, or the release's STUDENT_latest.pth"
+        None, "files to initialize from, one per student: encoders, or the release's STUDENT_latest.pth"
     )
     n_cls_tokens: int | None = option(
-        None, "class tokens of the students; by default the teacher's number (Pixio: 8)", ge=1
+        None, "class tokens of the students; by default as many as the teacher has (Pixio: 8)", ge=1
     )
-    loss_fn_cls: Literal["none", "cosine", "l1", "mse"] = option("cosine", "between class tokens")
-    loss_fn_patch: Literal["cosine", "l1", "mse"] = option("cosine", "between patch tokens")
-    loss_fuse: Literal["sum", "avg"] = option("avg", "terms weigh the same (avg), or tokens do (sum)")
+    loss_fn_cls: Literal["none", "cosine", "l1", "mse"] = option("cosine", "loss between class tokens")
+    loss_fn_patch: Literal["cosine", "l1", "mse"] = option("cosine", "loss between patch tokens")
+    loss_fuse: Literal["sum", "avg"] = option(
+        "avg", "avg: both terms have equal weight; sum: all tokens have equal weight"
+    )
     mask_ratio: tuple[float, ...] = option(
         (0.5,), "share of masked cells, per student; 0 = whole images", ge=0, lt=1
     )
     mask_grid: int = option(4, "side of a masked cell in patches", ge=1)
-    share_masks: bool = option(False, "draw one mask for all students (nested where ratios differ)")
+    share_masks: bool = option(False, "use the same mask for all students (nested if ratios differ)")
     drop_path: tuple[float, ...] = option(
         (0.0,), "stochastic depth rate of the last block, per student", ge=0, lt=1
     )

@@ -16,7 +16,7 @@ from pixio.engine.slurm import LaunchConfig, launch
 
 @dataclass(frozen=True)
 class SubmitConfig(LaunchConfig, DistillConfig):
-    """Submit a distillation to SLURM."""
+    """Submit a distillation run to SLURM."""
 
 
 if __name__ == "__main__":

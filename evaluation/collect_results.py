@@ -24,12 +24,14 @@ class TableConfig:
     """One table of all evaluations on published data sets, beside the published numbers (Markdown).
 
     Depth: RMSE in meters / d1 in percent; segmentation: mean IoU in percent; k-NN: top-1 in percent, k = 10
-    or the first --nb_knn. An encoder has two rows: the metrics of the last epoch, and the best of all
-    evaluations, metric by metric; the published ones (Pixio paper, arXiv 2512.15715) are the best. A run with
-    --eval_only is in the first row alone. A star marks a run that is not finished.
+    or the first --nb_knn. Each encoder has two rows: the metrics of the last epoch, and the best of all
+    epochs, metric by metric; the published numbers (Pixio paper, arXiv 2512.15715) are the best. A run with
+    --eval_only is only in the first row. A star marks an unfinished run.
     """
 
-    folders: tuple[Path, ...] = option((Path("runs"),), "all results below them are read", positional=True)
+    folders: tuple[Path, ...] = option(
+        (Path("runs"),), "folders, all results in them and their subfolders are read", positional=True
+    )
 
 
 def collect(folders: Sequence[Path]) -> dict[tuple[str, str], Cells]:

@@ -45,30 +45,36 @@ METRICS = {"top1": True, "top5": True}
 # ---------------------------------------------------------------------------------------------- configuration
 @dataclass(frozen=True, kw_only=True)
 class ClassifyConfig(TrainingConfig):
-    """Train a classifier on an encoder, or with some of it, and measure it."""
+    """Train a classifier on a frozen encoder, or fine-tune encoder blocks with it, and evaluate it."""
 
-    encoder: str = option("pixio_vith16", "pixio_… or timm/NAME, frozen also hf/FOLDER", aliases=("model",))
+    encoder: str = option("pixio_vith16", "pixio_… or timm/NAME; hf/FOLDER if frozen", aliases=("model",))
     probe: Literal["linear", "attentive"] = option(
-        "linear", "BatchNorm and a linear map of the mean class token, or attention over all tokens before it"
+        "linear",
+        "linear: BatchNorm and a linear layer on the mean class token; attentive: attention pooling before",
     )
     data_path: str = option(
         "data/imagenet", "folder with train/CLASS/* and val/CLASS/*, or tars", aliases=("data_root",)
     )
-    input_size: int = option(256, "side of crops, lowered to a multiple of the patch size; pixels", ge=1)
+    input_size: int = option(256, "crop size in pixels, rounded down to a multiple of the patch size", ge=1)
     epochs: int = option(50, "passes over the training images", ge=1)
     warmup_epochs: int = option(5, "linear warm-up from 0", ge=0)
-    batch_size: int = option(32, "images that are mixed with each other", ge=2)
-    lr: float = option(1e-3, "peak learning rate, for any number of ranks; MAE's for 256 images", gt=0)
-    encoder_lr: float | None = option(
-        None, "peak learning rate of the trained blocks; by default as --lr", gt=0
-    )
+    batch_size: int = option(32, "images per batch; mixup and cutmix mix within it", ge=2)
+    lr: float = option(1e-3, "peak learning rate, for any number of ranks; MAE's is for 256 images", gt=0)
+    encoder_lr: float | None = option(None, "peak learning rate of the trained blocks; by default --lr", gt=0)
     weight_decay: float = option(0.05, "AdamW decay", ge=0)
     # augmentation; none = MAE's where some of the encoder is trained, else crops and mirroring alone
-    rand_augment: str | None = option(None, "timm's name of it, or off; none = rand-m9-mstd0.5-inc1 or off")
-    mixup: float | None = option(None, "alpha of mixup; none = 0.8 or 0", ge=0)
-    cutmix: float | None = option(None, "alpha of cutmix; none = 1 or 0", ge=0)
-    smoothing: float | None = option(None, "label smoothing; none = 0.1 or 0", ge=0, lt=1)
-    erasing: float | None = option(None, "probability of random erasing; none = 0.25 or 0", ge=0, le=1)
+    rand_augment: str | None = option(
+        None,
+        "RandAugment in timm's notation, or off; by default rand-m9-mstd0.5-inc1, off for a frozen encoder",
+    )
+    mixup: float | None = option(None, "alpha of mixup; by default 0.8, 0 for a frozen encoder", ge=0)
+    cutmix: float | None = option(None, "alpha of cutmix; by default 1, 0 for a frozen encoder", ge=0)
+    smoothing: float | None = option(
+        None, "label smoothing; by default 0.1, 0 for a frozen encoder", ge=0, lt=1
+    )
+    erasing: float | None = option(
+        None, "probability of random erasing; by default 0.25, 0 for a frozen encoder", ge=0, le=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

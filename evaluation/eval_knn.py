@@ -36,13 +36,16 @@ PROGRAM = "eval_knn.py"
 # ---------------------------------------------------------------------------------------------- configuration
 @dataclass(frozen=True, kw_only=True)
 class KnnConfig(EvaluationConfig):
-    """Classify validation images by their nearest training images."""
+    """Classify validation images by their nearest neighbors among the training images."""
 
     model: str = option("pixio_vith16", "pixio_…, timm/NAME or hf/FOLDER", aliases=("encoder",))
     pool: Literal["cls", "first", "patch"] = option(
-        "cls", "mean of the class (and register) tokens, the first of them alone, or mean of the patch tokens"
+        "cls",
+        "cls: mean of the class (and register) tokens; first: only the first; patch: mean patch token",
     )
-    per_block: bool = option(False, "also the metrics of every block, with a plot; needs space for all")
+    per_block: bool = option(
+        False, "also compute the metrics of every block, with a plot; stores features of all blocks"
+    )
     # data
     data_path: str = option(
         "data/imagenet", "folder with train/CLASS/* and val/CLASS/*", aliases=("data_root",)
@@ -52,14 +55,16 @@ class KnnConfig(EvaluationConfig):
         "shorter side after resizing, and side of the central crop, lowered to a multiple of the patch size",
         ge=1,
     )
-    num_workers: int = option(10, "loading processes per rank", ge=0)
-    batch_size_per_gpu: int = option(128, "images at once in each rank; more than 512 change nothing", ge=1)
+    num_workers: int = option(10, "data-loading processes per rank", ge=0)
+    batch_size_per_gpu: int = option(128, "images per forward pass in each rank, up to 512", ge=1)
     # search
     nb_knn: tuple[int, ...] = option(
-        (10, 20, 100, 200), "numbers of neighbors; the first is the reported one", ge=1
+        (10, 20, 100, 200), "numbers of neighbors k; the first is the one reported", ge=1
     )
-    temperature: float = option(0.07, "a neighbor's vote weighs exp(similarity / temperature)", gt=0)
-    memory_gb: float = option(4.0, "memory of the search in each rank, GiB", gt=0)
+    temperature: float = option(
+        0.07, "the weight of a neighbor's vote is exp(similarity / temperature)", gt=0
+    )
+    memory_gb: float = option(4.0, "memory for the search in each rank, in GiB", gt=0)
 
     def __post_init__(self) -> None:
         if not self.nb_knn:

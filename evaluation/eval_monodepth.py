@@ -29,13 +29,13 @@ PROGRAM = "eval_monodepth.py"
 
 @dataclass(frozen=True, kw_only=True)
 class DepthConfig(DenseConfig):
-    """Train a depth head on a frozen encoder, and measure it."""
+    """Train a depth head on an encoder, frozen by default, and evaluate it."""
 
-    dataset: Literal["nyuv2", "kitti", "folder"] = option(help="which data set lies in --data_root")
-    min_depth: float = option(0.001, "nearest depth that counts, meters", gt=0)
-    max_depth: float = option(10.0, "farthest depth that counts, and can be predicted; meters", gt=0)
+    dataset: Literal["nyuv2", "kitti", "folder"] = option(help="data set in --data_root")
+    min_depth: float = option(0.001, "smallest depth that is scored, in meters", gt=0)
+    max_depth: float = option(10.0, "largest depth that is scored and can be predicted, in meters", gt=0)
     depth_scale: float | None = option(
-        None, "values of depth PNGs per meter; 1000 for folders (.npy files hold meters)", gt=0
+        None, "depth PNG values per meter; 1000 for folders (.npy files are in meters)", gt=0
     )
 
     def __post_init__(self) -> None:

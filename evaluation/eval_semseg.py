@@ -29,17 +29,15 @@ PROGRAM = "eval_semseg.py"
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationConfig(DenseConfig):
-    """Train a segmentation head on a frozen encoder, and measure it."""
+    """Train a segmentation head on an encoder, frozen by default, and evaluate it."""
 
-    dataset: Literal["ade20k", "pascal", "loveda", "folder"] = option(
-        help="which data set lies in --data_root"
-    )
+    dataset: Literal["ade20k", "pascal", "loveda", "folder"] = option(help="data set in --data_root")
     nclass: int = option(
         help="number of classes; masks hold 0 to nclass - 1, or 255 = ignored", ge=1, le=IGNORE
     )
     class_names: tuple[str, ...] = option((), "names of the classes, for folders")
     reduce_zero_label: bool = option(
-        False, "masks count classes from 1 and 0 is ignored, as in ADE20K's own annotations"
+        False, "class ids in masks start at 1 and 0 is ignored, as in the original annotations of ADE20K"
     )
 
     def __post_init__(self) -> None:

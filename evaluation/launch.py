@@ -17,15 +17,18 @@ class EvaluationConfig:
 
     config: str | None = option(None, "YAML file with any of these; the command line wins")
     pretrained_ckp: str | None = option(
-        None, "weight file of the encoder; none = random, or the folder's own"
+        None, "weight file of the encoder; none: random weights, or those in the folder"
     )
-    output_dir: str | None = option(None, "what the run writes; by default a folder named after it in runs/")
+    output_dir: str | None = option(None, "output folder; by default one in runs/, named after the run")
     device: str = option("auto", "auto, cpu, mps or a GPU")
-    dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", "what autocast computes in")
+    dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", "autocast dtype")
     deterministic: bool = option(False, "the same bits each time on a GPU too, with slower kernels")
-    port: int | None = option(None, "of the rendezvous, if the launcher does not say", ge=1, le=65_535)
+    port: int | None = option(None, "rendezvous port, if the launcher does not set one", ge=1, le=65_535)
     local_rank: int | None = option(
-        None, "accepted from launchers that pass it; ranks come from their variables", ("local-rank",), ge=-1
+        None,
+        "accepted because launchers pass it; ranks come from environment variables",
+        ("local-rank",),
+        ge=-1,
     )
 
 

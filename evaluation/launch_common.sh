@@ -1,7 +1,7 @@
 # Sourced by launch_*.sh, which set `here` to this folder: starts a program of this folder under SLURM, on several
 # GPUs of one node (GPUS=4 bash launch_….sh …), or in one process.
 
-# A path as seen from where the job was submitted; names that are no files stay as they are.
+# A path as seen from where the job was submitted; names that are not files are returned as they are.
 absolute() {
     if [ -e "$1" ]; then realpath -- "$1"; else printf '%s\n' "$1"; fi
 }
@@ -10,14 +10,14 @@ absolute() {
 launch() {
     cd "$here"
     if [ -n "${SLURM_JOB_ID:-}" ]; then
-        export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun does not take it over from sbatch
-        # The warning that the header asks for, before a time limit or a preemption: back into the queue. The next
+        export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun does not inherit it from sbatch
+        # The signal that the header requests, sent before a time limit or a preemption: requeue the job. The next
         # attempt resumes from the last checkpoint.
         trap 'scontrol requeue "$SLURM_JOB_ID" || true' USR2
         srun --kill-on-bad-exit=1 python "$@" &
         local status=0
         wait $! || status=$?
-        while [ -n "$(jobs -pr)" ]; do # the warning ends the waiting; what may not be queued again runs on
+        while [ -n "$(jobs -pr)" ]; do # the signal interrupts wait; a job that cannot be requeued runs on
             status=0
             wait $! || status=$?
         done

@@ -13,15 +13,15 @@
 #
 #   sbatch launch_knn.sh pixio_vith16 pixio_vith16.pth
 #   sbatch --account mine --qos high launch_knn.sh …              options of your cluster
-#   GPUS=8 bash launch_knn.sh …                                   the same without SLURM; default: one process
-# Submit in this folder or above it.
-# Further flags are passed on, and the last one wins: … --data_path /data/imagenet --per_block
+#   GPUS=8 bash launch_knn.sh …                                   without SLURM; without GPUS, one process
+# Submit it from this folder or from the root of the repository.
+# Further flags are passed on and override the defaults: … --data_path /data/imagenet --per_block
 set -euo pipefail
 if [ $# -lt 2 ]; then
     echo "usage: launch_knn.sh ENCODER WEIGHTS [FLAGS…]   (WEIGHTS none = random)" >&2
     exit 2
 fi
-# SLURM runs a copy of this script: this folder is then where the job was submitted, or right below.
+# SLURM runs a copy of this script from elsewhere: look in the folder of submission, or in evaluation/ below it.
 here="$(realpath "$(dirname "${BASH_SOURCE[0]}")")"
 [ -f "$here/launch_common.sh" ] || here="$SLURM_SUBMIT_DIR"
 [ -f "$here/launch_common.sh" ] || here="$here/evaluation"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# All ten dense evaluations and k-NN of one encoder: eleven jobs where there is SLURM, else one after another.
+# All ten dense evaluations and k-NN of one encoder: eleven SLURM jobs, or one after another without SLURM.
 #
 #   bash run_all.sh pixio_vith16 pixio_vith16.pth
-#   GPUS=8 bash run_all.sh …                          one after another on this machine, SLURM or not
-#   python collect_results.py                         one table of all, beside the published numbers
-# DENSE_FLAGS and KNN_FLAGS are added to the commands, SBATCH_FLAGS to sbatch: DENSE_FLAGS="--epochs 1" bash …
+#   GPUS=8 bash run_all.sh …                          one after another on this machine, even with SLURM
+#   python collect_results.py                         one table of all results, with the published numbers
+# DENSE_FLAGS and KNN_FLAGS are appended to the commands, SBATCH_FLAGS to sbatch: DENSE_FLAGS="--epochs 1" bash …
 set -euo pipefail
 if [ $# -ne 2 ]; then
     echo "usage: run_all.sh ENCODER WEIGHTS   (WEIGHTS none = random)" >&2

@@ -40,25 +40,33 @@ class TrainingConfig(EvaluationConfig):
     """Settings of all evaluations that train something; the encoder stays frozen unless asked for."""
 
     epochs: int = option(60, "passes over the training images", ge=1)
-    batch_size: int = option(4, "crops that share one loss: those of one GPU in the published recipes", ge=1)
+    batch_size: int = option(
+        4, "crops that share one loss: the batch of one GPU in the published recipes", ge=1
+    )
     batches_per_step: int = option(
-        8, "such batches per optimizer step, shared among the ranks: published are 8 GPUs with one each", ge=1
+        8,
+        "such batches per optimizer step, divided among the ranks: in the recipes, 8 GPUs with one each",
+        ge=1,
     )
     lr: float = option(1e-4, "peak learning rate, for any number of ranks", gt=0)
     weight_decay: float = option(0.01, "AdamW decay", ge=0)
-    seed: int = option(0, "of the first weights, the order of the images and their crops", ge=0)
-    num_workers: int = option(4, "loading processes per rank", ge=0)
+    seed: int = option(0, "random seed of initial weights, image order and crops", ge=0)
+    num_workers: int = option(4, "data-loading processes per rank", ge=0)
     # fine-tuning
-    train_blocks: str = option("0", "last blocks of the encoder to train too, a number or all; 0 = frozen")
+    train_blocks: str = option(
+        "0", "number of last encoder blocks to train as well, or all; 0 = frozen encoder"
+    )
     encoder_lr: float | None = option(
         None, "peak learning rate of the trained blocks; by default a tenth of --lr", gt=0
     )
-    layer_decay: float = option(0.75, "factor of their learning rate from each block to the one before", gt=0)
-    drop_path: float = option(0.0, "stochastic depth of the trained blocks, of the last one", ge=0, lt=1)
+    layer_decay: float = option(0.75, "factor on the learning rate from each block to the one before", gt=0)
+    drop_path: float = option(
+        0.0, "stochastic depth rate of the last encoder block, if it is trained", ge=0, lt=1
+    )
     # run
     eval_freq: int = option(1, "epochs between evaluations; the last epoch always ends with one", ge=1)
     save_minutes: float = option(
-        10.0, "minutes between checkpoints within an epoch; 0 = at its end only", ge=0
+        10.0, "minutes between checkpoints within an epoch; 0 = only at its end", ge=0
     )
     log_freq: int = option(20, "steps between log lines", ge=1)
 

@@ -58,22 +58,26 @@ PATIENCE = 7 * 24 * 60  # minutes a rank waits at the end for slower ones
 # ---------------------------------------------------------------------------------------------- configuration
 @dataclass(frozen=True)
 class CurateConfig:
-    """Write the curation statistics of web tars. `curate.py report` shows what they keep and drop."""
+    """Compute the curation statistics of web tars. `curate.py report` shows what they keep and drop."""
 
     data_path: str = option(help="folder with tars, or their URLs")
     json_path: str = option(help="folder for the statistics")
-    checkpoint: str | None = option(None, "training checkpoint of the model that gives the loss")
+    checkpoint: str | None = option(None, "training checkpoint of the model that computes the loss")
     only: str = option("size,entropy,loss", "scores to compute, separated by commas")
-    mask_draws: int = option(4, "masks per image; 4 of ratio 0.75 show each patch once", ge=1)
+    mask_draws: int = option(4, "masks per image; 4 with ratio 0.75 show each patch once", ge=1)
     mask_ratio: float = option(0.75, "share of masked cells", gt=0, lt=1)
-    seed: int = option(0, "of the masks", ge=0)
+    seed: int = option(0, "random seed of the masks", ge=0)
     batch_size: int = option(64, "images per forward pass", ge=1)
-    num_workers: int = option(6, "reading processes per rank, each with its own tar", ge=0)
+    num_workers: int = option(6, "processes per rank, each reading its own tar", ge=0)
     device: str = option("auto", "auto (a GPU if there is one), cpu, or the name of a torch device")
-    dtype: Literal["bf16", "fp16", "fp32"] = option("fp32", "what autocast computes in")
-    world_size: int | None = option(None, "processes, when started by hand; launchers set it", ge=1)
-    local_rank: int | None = option(None, "which of them this is", aliases=("local-rank",), ge=0)
-    dist_url: str | None = option(None, "where they rendezvous, such as tcp://127.0.0.1:29500")
+    dtype: Literal["bf16", "fp16", "fp32"] = option("fp32", "autocast dtype")
+    world_size: int | None = option(None, "number of processes, if started by hand; launchers set it", ge=1)
+    local_rank: int | None = option(
+        None, "index of this process, if started by hand", aliases=("local-rank",), ge=0
+    )
+    dist_url: str | None = option(
+        None, "rendezvous address, if started by hand, such as tcp://127.0.0.1:29500"
+    )
 
     def __post_init__(self) -> None:
         if unknown := set(self.scores) - set(SCORES):
@@ -94,16 +98,16 @@ class CurateConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Draw the histograms of the scores, the share kept per threshold, and images kept and dropped."""
+    """Plot histograms of the scores, the share kept for each threshold, and images kept and dropped."""
 
     data_path: str = option(help="folder with tars, or their URLs")
-    json_path: str = option(help="folder of the statistics")
+    json_path: str = option(help="folder with the statistics")
     output: str = option("curation_report", "folder for report.json and the pictures")
     hist_thresh: float = option(4.5, "drop images whose histogram_score is not above this", ge=0)
     imgres_thresh: int = option(320, "drop images with a side below this, in pixels", ge=0)
-    max_tars: int = option(100, "tars that are looked at, evenly spread over the set", ge=1)
+    max_tars: int = option(100, "number of tars to sample, evenly spread over the data set", ge=1)
     images: int = option(48, "images on each contact sheet", ge=1)
-    seed: int = option(0, "of the choice of images", ge=0)
+    seed: int = option(0, "random seed for the choice of images", ge=0)
 
 
 # ---------------------------------------------------------------------------------------------- scoring

@@ -51,23 +51,23 @@ class PretrainConfig(TrainConfig):
     n_cls_tokens: int = option(8, "class tokens", ge=1)
     mask_ratio: float = option(0.75, "share of masked cells", gt=0, lt=1)
     mask_grid: int = option(4, "side of a masked cell in patches", ge=1)
-    norm_pix_loss: bool = option(True, "predict pixels normalized per patch")
+    norm_pix_loss: bool = option(True, "predict pixels normalized by the mean and variance of their patch")
     drop_path: float = option(0.0, "stochastic depth rate of the last encoder block", ge=0, lt=1)
     drop_path_mode: Literal["exact", "skip"] = option(
-        "exact", "drop for each image by chance, or skip the work of a fixed number of images"
+        "exact",
+        "exact: drop branches of each image at random; skip: a fixed number of images skips their work",
     )
     position_init: Literal["normal", "sincos"] = option(
-        "normal", "learned positions start small as published, or as MAE's sine-cosine tables: for small runs"
+        "normal",
+        "initial position embeddings: small noise as published, or MAE's sine-cosine tables, for short runs",
     )
     init_encoder: str | None = option(None, "encoder file to start from; the decoder starts fresh")
     init_mae: str | None = option(
         None, "training checkpoint, ours or the release's, to start from with encoder and decoder"
     )
-    freeze_encoder_steps: int = option(0, "first steps during which only the decoder learns", ge=0)
-    val_data: str | None = option(None, "folder of images never trained on, whose loss is logged too")
-    val_freq: int = option(
-        500, "steps between losses of --val_data; the last step always ends with one", ge=1
-    )
+    freeze_encoder_steps: int = option(0, "train only the decoder for this many steps first", ge=0)
+    val_data: str | None = option(None, "folder of held-out images, whose loss is also logged")
+    val_freq: int = option(500, "steps between evaluations of --val_data; the last step always has one", ge=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,7 +16,7 @@ from pixio.engine.slurm import LaunchConfig, launch
 
 @dataclass(frozen=True)
 class SubmitConfig(LaunchConfig, PretrainConfig):
-    """Submit a pre-training to SLURM."""
+    """Submit a pre-training run to SLURM."""
 
 
 if __name__ == "__main__":

@@ -49,14 +49,19 @@ BINDINGS = {  # pattern -> what stands for it here, in this order
     r"=…": "=tars",
     r"/data/(imagenet-1k-wds|tars)\b": "tars",
     r"^pixio convert … ": "pixio convert pixio_vith16.pth hf_folder ",
+    r"(eval_(?!knn)\w+\.py .*) …$": rf"\1 --encoder {ENCODER} --pretrained_ckp pixio_vith16.pth",
     r" …$": "",
     r"\bSOURCES…": "photos",
     r"\bPHOTOS…": "a.png b.png",
     r"\b(FILE|SOURCE)\b": "pixio_vith16.pth",
     r"\bTARGET --to FORMAT": "converted.pth --to pth",
     r"--output DIR\b": "--output written",
+    r"--data_root DIR\b": "--data_root data/labeled",
+    r"eval_classify\.py --data_path DIR\b": "eval_classify.py --data_path data/imagenet",
     r"\bDIR\b": "photos",
-    r"\bRUN\b": "runs/first",
+    r"--encoder pixio_vitb16\b": f"--encoder {ENCODER}",
+    r"\bRUN\b": "runs/made",
+    r"step_00100000": "step_00000002",
     r"facebook/pixio-vith16": "pixio_vith16.pth",
     r"\[7, 15, 23, 31\]": "[0, 1, 2, 3]",
     r'device="cuda", dtype="bf16"': 'device="cpu", dtype="fp32"',
@@ -174,6 +179,7 @@ def copy_repository(folder: Path) -> dict[str, str]:
 
 def write_things(folder: Path) -> None:
     """Write photos, tars, data sets, weights, a head and a checkpoint: what the pages name."""
+    import numpy as np
     import torch
     from PIL import Image
 
@@ -192,23 +198,31 @@ def write_things(folder: Path) -> None:
     write_tree("imagenet-tars", folder / "tars", 12, 0, 384)
     for layout, name in DATA.items():
         write_tree(layout, folder / "data" / name, 8, 8, 64)
+    for split, seeds in {"train": range(4), "val": range(4, 6)}.items():
+        for seed in seeds:
+            scene, own = render(seed, 64), folder / "data/labeled" / split
+            targets = {"images": scene.image, "masks": scene.semantics % 5}
+            for kind, pixels in targets.items():
+                (own / kind).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels.astype("uint8")).save(own / kind / f"{seed}.png")
+            (own / "depth").mkdir(exist_ok=True)
+            np.save(own / "depth" / f"{seed}.npy", scene.depth.astype("float32"))
     programs = {
         "evaluation/eval_monodepth.py": f"--config {ROOT}/evaluation/monodepth/configs/nyuv2_linear.yaml"
         f" --data_root data/nyud --encoder {ENCODER} --pretrained_ckp pixio_vith16.pth"
         f" --output_dir runs/nyuv2 {DENSE} {SMALL}",
-        "pretraining/main_pretrain.py": f"--data_path tars --output_dir runs/first {TRAIN} --model {MAE}",
+        "pretraining/main_pretrain.py": f"--data_path tars --output_dir runs/made {TRAIN} --model {MAE}",
     }
     for program, flags in programs.items():
         subprocess.run([sys.executable, ROOT / program, *flags.split()], cwd=folder, check=True)
-    (folder / "runs/first/checkpoints/step_00100000").symlink_to("step_00000002")
     (folder / "head.pth").symlink_to("runs/nyuv2/head.pth")
 
 
 def run_page(page: Path, things: Path, folder: Path) -> list[str]:
     """Run a page in a fresh copy of the repository; the places that failed."""
     environment = copy_repository(folder)
-    for place in ("", *TREES):  # folders are made, files are links: what a command writes stays in this copy
-        subprocess.run(["cp", "-rs", f"{things}/.", folder / place], check=True)
+    for place in ("", *TREES):
+        subprocess.run(["cp", "-r", f"{things}/.", folder / place], check=True)
     state, failed = folder / ".state", []
     state.write_text(f"cd {shlex.quote(str(folder))}\n")
     for snippet in snippets_of(page):

@@ -517,6 +517,9 @@ def test_launch_scripts_run_from_any_folder_and_keep_relative_paths(programs, tm
     assert shell(command, tmp_path, programs) == f"python {EVALUATION} {call}"
     weights = f"bash launch_semseg.sh {CONFIG} pixio_vitb16 {tmp_path}/w.pth --epochs 1"
     assert shell(weights, EVALUATION, programs) == f"python {EVALUATION} {call}"
+    command = f"bash {EVALUATION}/launch_classify.sh pixio_vitb16 w.pth --probe attentive"
+    call = f"eval_classify.py --encoder pixio_vitb16 --pretrained_ckp {tmp_path}/w.pth --probe attentive"
+    assert shell(command, tmp_path, programs) == f"python {EVALUATION} {call}"
 
 
 def test_launch_scripts_use_several_gpus_without_slurm(programs):
@@ -524,6 +527,17 @@ def test_launch_scripts_use_several_gpus_without_slurm(programs):
     assert found.startswith(
         f"torchrun {EVALUATION} --standalone --nproc_per_node 4 eval_monodepth.py --config c.yaml"
     )
+
+
+def test_classification_is_launched_under_slurm_and_asks_for_encoder_and_weights(programs):
+    slurm = programs | {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(EVALUATION)}
+    found = shell("bash launch_classify.sh pixio_vitb16 none --train_blocks 4", EVALUATION, slurm)
+    call = "eval_classify.py --encoder pixio_vitb16 --pretrained_ckp none --train_blocks 4"
+    assert found == f"srun {EVALUATION} --kill-on-bad-exit=1 python {call}"
+    command = ["bash", f"{EVALUATION}/launch_classify.sh", "pixio_vitb16"]
+    refused = subprocess.run(command, env=programs, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("usage: launch_classify.sh ENCODER WEIGHTS")
 
 
 @pytest.mark.parametrize("submitted_from", [".", ".."])

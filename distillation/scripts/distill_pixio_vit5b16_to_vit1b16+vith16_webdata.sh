@@ -7,11 +7,11 @@
 #   hours      about 130 hours on h100 (computed by pixio plan at 40 % MFU); 642,000 steps
 #              (400 x 1,605, as released; the paper says 500,000)
 #   expect     released models, k-NN / NYUv2 DPT RMSE: 1B 66.4 / 0.247, H 63.2 / 0.268 (paper)
-# It is the ImageNet recipe with other data; further flags are passed on, and the last one wins.
+# This is the ImageNet recipe with other data; further flags are passed on and override those below.
 set -euo pipefail
-IMAGENET_TARS="${WEB_TARS:?the folder with the tars}" \
+IMAGENET_TARS="${WEB_TARS:?set it to the folder with the tars}" \
     exec bash "$(dirname "${BASH_SOURCE[0]}")/distill_pixio_vit5b16_to_vit1b16+vith16_imagenet.sh" \
     --job_dir exp/pixio_vit5b16_to_vit1b16+vith16_webdata --job_name pixio_vit5b16_to_vit1b16+vith16_webdata --dataset_type webdataset \
-    --json_path "${WEB_STATS:?the folder with their statistics}" \
+    --json_path "${WEB_STATS:?set it to the folder with their statistics}" \
     --soft_sampling --hist_thresh 4.5 --imgres_thresh 320 \
     "$@"

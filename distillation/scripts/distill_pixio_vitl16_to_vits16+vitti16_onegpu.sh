@@ -7,12 +7,12 @@
 #   hardware   one GPU of 24 GB; GPUS=4 for four (then --accum_iter 2 keeps 1,024 images per step)
 #   hours      about 120 hours on rtx4090 (computed by pixio plan at 40 % MFU); 125,000 steps of 1,024 images = 100 passes over ImageNet-1K
 #   expect     no reference number yet
-# Further flags are passed on, and the last one wins. The same command resumes a run that was stopped.
+# Further flags are passed on and override those below. The same command resumes a run that was stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 torchrun --standalone --nproc_per_node "${GPUS:-1}" main_distill.py \
-    --teacher_model pixio_vitl16 --teacher_pretrained "${TEACHER:?the weight file of the teacher}" \
+    --teacher_model pixio_vitl16 --teacher_pretrained "${TEACHER:?set it to the weight file of the teacher}" \
     --student_models pixio_vits16 pixio_vitti16 --drop_path 0.0 --mask_ratio 0 \
     --loss_fn_cls cosine --loss_fn_patch cosine --loss_fuse avg \
     --dataset_type imagenet --data_path "${IMAGENET_TARS-}" \

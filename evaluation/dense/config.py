@@ -15,24 +15,28 @@ class DenseConfig(TrainingConfig):
 
     encoder: str = option("pixio_vith16", "pixio_…, timm/NAME or hf/FOLDER", aliases=("model",))
     cls_concat: Literal["mean", "none"] = option(
-        "mean", "what stands beside each patch token: the mean of the class (and register) tokens, or nothing"
+        "mean", "concatenated with each patch token: the mean of the class (and register) tokens, or nothing"
     )
     # data
-    data_root: str = option("", "folder of the data set")
-    train_split_file: str | None = option(None, "list of `IMAGE TARGET` lines instead of the data set's rule")
-    val_split_file: str | None = option(None, "the same for validation")
-    expect_count: bool = option(False, "another number of images than published is an error, not a warning")
-    apply_exif: bool = option(False, "turn images as EXIF says, for targets made on upright ones")
+    data_root: str = option("", "folder with the data set")
+    train_split_file: str | None = option(
+        None, "list of `IMAGE TARGET` lines, instead of the standard training split"
+    )
+    val_split_file: str | None = option(None, "the same for the validation split")
+    expect_count: bool = option(
+        False, "fail, instead of warning, if the number of images is not the published one"
+    )
+    apply_exif: bool = option(
+        False, "apply EXIF orientation to images, for targets that match upright photos"
+    )
     # head
     head: str = option("dpt", "linear, dpt, or the file of a trained head for --eval_only")
     eval_only: bool = option(False, "train nothing: evaluate --head FILE")
     crop_size: int = option(
-        256, "side of crops and windows, lowered to a multiple of the patch size; pixels", ge=1
+        256, "size of crops and windows in pixels, rounded down to a multiple of the patch size", ge=1
     )
     # evaluation
-    window_batch: int = option(
-        16, "windows that go through the network together; changes nothing but speed", ge=1
-    )
+    window_batch: int = option(16, "windows per forward pass; affects only speed and memory", ge=1)
     panels: int = option(4, "validation images in panels.png; 0 = no picture", ge=0)
 
     def __post_init__(self) -> None:

@@ -24,10 +24,10 @@ class EncoderOptions:
         None, "weight file, training checkpoint, folder, or Hugging Face repository"
     )
     model: str | None = option(None, "encoder name, see `pixio info`; needed only without --pretrained")
-    num_heads: int | None = option(None, "of --pretrained, where it does not tell", ge=1)
+    num_heads: int | None = option(None, "attention heads of --pretrained, if the file does not say", ge=1)
     device: str = option("auto", "auto (a GPU if any), cpu, or a torch device")
     size: int | None = option(
-        None, "pixels of the encoder's input, see --fit; its native size when left out", ge=1
+        None, "input size of the encoder in pixels, see --fit; its native size if omitted", ge=1
     )
     fit: Fit = option("resize", FIT)
 

@@ -21,10 +21,10 @@ _REQUIREMENT = re.compile(r"(?P<name>[\w-]+)>=(?P<bound>[\d.]+)(?:\s*;\s*extra =
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor:
-    """Say what this computer offers, and what is missing for which part; worth pasting into a bug report."""
+    """Report versions, devices and what is missing for which part of Pixio; paste it into bug reports."""
 
     example = "--folder /scratch/runs"
-    folder: str = option(".", "where runs will write; its speed and room are measured")
+    folder: str = option(".", "folder where runs will write; its speed and free space are measured")
 
     def run(self) -> None:
         checks = (_versions, _extras, _devices, _decoders, _memory, _slurm, lambda: _disk(self.folder))

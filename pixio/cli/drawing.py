@@ -273,10 +273,11 @@ def save_sheet(
         widths, heights = [panel] * len(panels), [panel / aspect for aspect in aspects]
     sharp = ENLARGED * max(w for _, w in shapes) / max(widths)
     dpi = int(min(dpi, max(sharp, _LEAST_DPI)))
-    labels = list(panels) if across else [_shorten(*each) for each in zip(names, heights, strict=False)]
-    headings = [_shorten(*each) for each in zip(names, widths, strict=False)] if across else list(panels)
-    lines = 1 + max((heading.count("\n") for heading in headings), default=-1)
-    width = sum(widths) + 0.2 * bool(labels) * (1 + across) + _BAR * bool(maps)
+    sides = widths if across else heights
+    shown_names = [_shorten(*each) for each in zip(names, sides, strict=True)] if names else [""] * len(sides)
+    headings, labels = (shown_names, list(panels)) if across else (list(panels), shown_names)
+    lines = 1 + max(heading.count("\n") for heading in headings)
+    width = sum(widths) + 0.2 * (2 if across else bool(names)) + _BAR * bool(maps)
     height = sum(heights) + 0.2 * lines + 0.25 * bool(title)
     with figure(path, width, height, dpi) as sheet:
         sheet.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
@@ -289,9 +290,9 @@ def save_sheet(
                 shown = axis.imshow(pixels, vmin=low, vmax=high, interpolation="antialiased")
                 axis.set(xticks=[], yticks=[])
                 axis.spines[:].set_visible(False)
-        for axis, heading in zip(axes[0], headings, strict=False):
+        for axis, heading in zip(axes[0], headings, strict=True):
             axis.set_title(heading, pad=4)
-        for axis, label in zip(axes[:, 0], labels, strict=False):
+        for axis, label in zip(axes[:, 0], labels, strict=True):
             axis.set_ylabel(label, fontsize=8)
         for number, (x, y) in enumerate(marks, 1):
             axes[0, 0].plot(x, y, "o", markersize=9, mfc="white", mec="black", clip_on=False)

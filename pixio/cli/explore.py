@@ -11,17 +11,17 @@ from pixio.engine.config import option
 class Explore(EncoderOptions):
     """Write a page to explore the features of photographs: one file that needs no server and no network.
 
-    Point at a patch of any photograph to see its cosine similarity to the patches of all of them; class
-    tokens, PCA, blocks and opacity by mouse, touch or keyboard. Features are reduced to 64 components of 8
-    bits: eight photographs of 512 pixels and four blocks make some 4 MB.
+    Point at a patch of any photograph to see its cosine similarity to the patches of all of them. Class
+    tokens, PCA, blocks and opacity are chosen by mouse, touch or keyboard. Features are reduced to 64
+    components of 8 bits: eight photographs of 512 pixels with four blocks take about 4 MB.
     """
 
     example = "a.jpg b.jpg c.jpg --pretrained pixio_vith16.pth --output explore.html"
     images: tuple[str, ...] = option(help="image files", positional=True)
     output: Path = option(Path("explore.html"), "page to write")
-    size: int | None = option(512, "pixels of the encoder's input, see --fit", ge=1)
+    size: int | None = option(512, "input size of the encoder in pixels, see --fit", ge=1)
     blocks: tuple[int, ...] | None = option(
-        None, "block ids, negative ones from the end; four evenly spaced when left out"
+        None, "block ids, negative ones count from the end; by default four, evenly spaced"
     )
 
     def __post_init__(self) -> None:

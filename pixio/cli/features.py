@@ -19,8 +19,8 @@ class Features(EncoderOptions):
       embedding     mean class token [D], the recommended global embedding
       cls_tokens    all class tokens [C, D]
       mean_patch    mean patch token [D]
-    With --blocks they begin with an axis of blocks. Images that cannot be read are left out of a folder and
-    named in its index.jsonl; the exit status then is 3.
+    With --blocks, blocks are the first axis. Unreadable images are skipped and listed in the folder's
+    index.jsonl, and the exit status is then 3.
     """
 
     example = "photos/ --pretrained pixio_vith16.pth --output features --workers 8"
@@ -37,16 +37,21 @@ class Features(EncoderOptions):
         metavar="ARRAY",
         choices="pixio.features.extraction:ARRAYS",
     )
-    blocks: tuple[int, ...] | None = option(None, "block ids, the first axis then; else the last")
-    before_norm: bool = option(False, "leave out the encoder's final norm", negatable=False)
+    blocks: tuple[int, ...] | None = option(
+        None, "block ids, which become the first axis; by default the last block, without that axis"
+    )
+    before_norm: bool = option(False, "skip the encoder's final norm", negatable=False)
     fit: Fit = option("square", FIT)
-    dtype: Literal["bf16", "fp16", "fp32"] = option("fp32", "what autocast computes in")
-    half: bool = option(False, "stored as float16 instead of float32", negatable=False)
+    dtype: Literal["bf16", "fp16", "fp32"] = option("fp32", "autocast dtype")
+    half: bool = option(False, "store float16 instead of float32", negatable=False)
     format: str = option(
-        "safetensors", "of a folder: {choices}", metavar="FORMAT", choices="pixio.features.store:FORMATS"
+        "safetensors",
+        "file format in a folder: {choices}",
+        metavar="FORMAT",
+        choices="pixio.features.store:FORMATS",
     )
     per_file: int = option(256, "images per file of a folder", ge=1)
-    batch_size: int = option(32, "images of one size", ge=1)
+    batch_size: int = option(32, "images per batch, all of one size", ge=1)
     workers: int = option(0, "processes that read images", ge=0)
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ class Info:
     """Print sizes and parameter counts."""
 
     example = "pixio_vith16"
-    models: tuple[str, ...] = option((), "names; all when left out", positional=True)
+    models: tuple[str, ...] = option((), "names; all if omitted", positional=True)
 
     def run(self) -> None:
         import torch
@@ -45,24 +45,26 @@ class Info:
 class Convert:
     """Convert an encoder for another library, or encoder and head into one ONNX model.
 
-    Prints a line of Python that loads the result, and what differs from Pixio's own. Of a head.pth, which
-    converts to onnx alone, the model takes RGB pixels, uint8 [B, 3, H, W], and gives depth in meters or
-    classes [B, H, W].
+    Prints a line of Python that loads the result, and any differences from Pixio's own model. A head.pth
+    converts only to onnx; that model maps RGB pixels, uint8 [B, 3, H, W], to depth in meters or classes
+    [B, H, W].
     """
 
     example = "pixio_vith16.pth pixio-vith16 --to transformers"
     source: str = option(help="weight file, folder, Hugging Face repository, or head.pth", positional=True)
-    target: str = option(help="file or folder to make", positional=True)
+    target: str = option(help="file or folder to write", positional=True)
     to: str = option(help="{choices}", metavar="FORMAT", choices="pixio.weights.export:FORMATS")
-    num_heads: int | None = option(None, "where the source does not tell", ge=1)
-    batch: int | None = option(None, "onnx: images per batch; any when left out", ge=1)
-    size: tuple[int, int] | None = option(None, "onnx: pixels; any when left out", metavar=("H", "W"), ge=1)
+    num_heads: int | None = option(None, "number of attention heads, if the source does not say", ge=1)
+    batch: int | None = option(None, "onnx: fixed batch size; any if omitted", ge=1)
+    size: tuple[int, int] | None = option(
+        None, "onnx: fixed input size in pixels; any if omitted", metavar=("H", "W"), ge=1
+    )
     cls: Literal["all", "mean"] = option(
-        "all", "mean: one class token, the mean, for code that expects a single one (transformers' DPT)"
+        "all", "mean: replace the class tokens by their mean, for code that expects one (transformers' DPT)"
     )
 
     pretrained: str | None = option(
-        None, "of a head: weights of the encoder it was trained on; where they were when left out"
+        None, "for a head: weights of its encoder; by default the path stored in the head"
     )
 
     def run(self) -> None:
@@ -88,25 +90,27 @@ class Convert:
 class Plan:
     """Estimate what training needs: memory for each way of sharding, FLOPs, seconds per step, GPU-hours.
 
-    Of several models, the students of a distillation, it is what they need side by side.
+    For several models, the students of a distillation, it is what they need together.
     """
 
     example = "pixio_vit5b16_enc3072x48h32_dec512x32h16 --gpus 256 --batch 64 --steps 1284000"
     models: tuple[str, ...] = option(
         help="pre-training model, or encoders: the students of --teacher, see `pixio info`", positional=True
     )
-    teacher: str | None = option(None, "encoder that the models are distilled from")
-    gpus: int = option(1, "GPUs, each with its own process", ge=1)
-    gpus_per_node: int = option(8, "of them in each node", ge=1)
+    teacher: str | None = option(None, "teacher from which the models are distilled")
+    gpus: int = option(1, "number of GPUs, one process each", ge=1)
+    gpus_per_node: int = option(8, "GPUs per node", ge=1)
     card: str = option("h100", "kind of GPU: {choices}", choices="pixio.cli.plan:CARDS")
-    gpu_memory: float | None = option(None, "of each GPU, in GiB; by default the card's", gt=0)
+    gpu_memory: float | None = option(None, "memory of each GPU in GiB; by default that of the card", gt=0)
     batch: int = option(64, "images per GPU and forward pass", ge=1)
     accum_iter: int = option(1, "forward passes per step", ge=1)
-    steps: int | None = option(None, "optimizer steps of the run, for its hours", ge=1)
-    mfu: float = option(0.4, "share of the card's arithmetic in bf16 that the model gets", gt=0, le=1)
-    dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", "what autocast computes in")
+    steps: int | None = option(None, "optimizer steps of the run, to estimate its hours", ge=1)
+    mfu: float = option(
+        0.4, "model FLOPs utilization: the share of the card's bf16 peak that is reached", gt=0, le=1
+    )
+    dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", "autocast dtype")
     mask_ratio: float | None = option(
-        None, "share of masked cells; by default 0.75 of pre-training models, else 0", ge=0, lt=1
+        None, "share of masked cells; by default 0.75 for pre-training models, else 0", ge=0, lt=1
     )
 
     def run(self) -> None:
@@ -128,12 +132,12 @@ class Scenes:
 
     example = "imagenet-tars data/scenes --train 2000 --val 200 --size 128"
     layout: str = option(help="{choices}", positional=True, choices="pixio.synthetic.trees:LAYOUTS")
-    root: str = option(help="folder to make", positional=True)
+    root: str = option(help="folder to create", positional=True)
     train: int = option(1000, "training images", ge=0)
-    val: int | None = option(None, "validation images; by default 100 where the layout has any", ge=0)
-    size: int = option(128, "pixels per side that are rendered", ge=1)
-    seed: int = option(0, "of the scenes", ge=0)
-    workers: int = option(0, "processes", ge=0)
+    val: int | None = option(None, "validation images; by default 100 if the layout has any", ge=0)
+    size: int = option(128, "side of the rendered images in pixels", ge=1)
+    seed: int = option(0, "random seed of the scenes", ge=0)
+    workers: int = option(0, "worker processes", ge=0)
 
     def run(self) -> None:
         from pixio.synthetic.trees import write_tree

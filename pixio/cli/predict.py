@@ -29,14 +29,14 @@ _SIDE = 5.0  # inches, width of a panel of a picture
 
 @dataclass(frozen=True, kw_only=True)
 class Predict:
-    """Write depth maps or masks of photographs, by a head that the evaluation trained.
+    """Write depth maps or masks of photographs, with a head trained by the evaluation.
 
-    In --output, under the names of the photographs:
+    Files in --output, named after the photographs:
       depth/     16-bit PNG in fractions of a meter, or .npy in meters
-      masks/     palette PNG with the number of the class in each pixel, or .npy
+      masks/     palette PNG with the class index of each pixel, or .npy
       pictures/  photograph and prediction, with a color bar in meters or a legend
-    predictions.json says units, classes and colors. A stopped run resumes. Photographs that cannot be read
-    are named and left out; the exit status then is 3.
+    predictions.json lists units, classes and colors. A stopped run resumes. Unreadable photographs are
+    reported and skipped, and the exit status is then 3.
     """
 
     example = "photos/ --head runs/nyuv2/head.pth --pretrained pixio_vith16.pth --output depth"
@@ -45,21 +45,21 @@ class Predict:
     )
     head: str = option(help="head.pth of eval_monodepth.py or eval_semseg.py")
     pretrained: str | None = option(
-        None, "weights of the encoder that the head was trained on; where they were when left out"
+        None, "weights of the head's encoder; by default the path stored in the head"
     )
     output: Path = option(Path("predictions"), "folder to write to")
     mode: Literal["slide", "whole"] = option(
-        "slide", "slide: overlapping windows, as the evaluation; whole: each photograph in one piece"
+        "slide", "slide: overlapping windows, as in the evaluation; whole: each photograph in one piece"
     )
-    format: Literal["png", "npy", "both"] = option("png", "of depth maps and masks")
+    format: Literal["png", "npy", "both"] = option("png", "file format of depth maps and masks")
     depth_scale: float | None = option(
-        None, "PNG values per meter; when left out 1000, or for far ranges 256 or 100", gt=0
+        None, "PNG values per meter; by default 1000, or 256 or 100 for long ranges", gt=0
     )
     pictures: bool = option(True, "draw a picture of each prediction")
-    window: int | None = option(None, "side of the windows in pixels; as in training when left out", ge=1)
-    window_batch: int = option(16, "windows that go through the network together; bounds the memory", ge=1)
+    window: int | None = option(None, "side of the windows in pixels; as in training if omitted", ge=1)
+    window_batch: int = option(16, "windows per forward pass; limits the memory", ge=1)
     device: str = option("auto", "auto (a GPU if any), cpu, or a torch device")
-    dtype: Literal["bf16", "fp16", "fp32"] = option("fp32", "what autocast computes in")
+    dtype: Literal["bf16", "fp16", "fp32"] = option("fp32", "autocast dtype")
 
     def run(self) -> None:
         from tqdm import tqdm

@@ -25,7 +25,7 @@ class _FeaturePicture(EncoderOptions):
     """Options of the pictures of features."""
 
     images: tuple[str, ...] = option(help="image files", positional=True)
-    block: int = option(-1, "whose features, negative ones from the end")
+    block: int = option(-1, "block to take features from; negative values count from the end")
     smooth: bool = option(False, "interpolate between patches", negatable=False)
     output: Path
 
@@ -59,7 +59,7 @@ class Pca(_FeaturePicture):
 
     example = "cat.jpg dog.jpg --pretrained pixio_vith16.pth --size 512 --foreground"
     output: Path = option(Path("pca.png"), "picture to write")
-    foreground: bool = option(False, "leave the background out of the PCA", negatable=False)
+    foreground: bool = option(False, "exclude the background from the PCA", negatable=False)
 
     def panels(self, seen: "list[Seen]") -> tuple[dict[str, list], dict[str, Any], str]:
         from pixio.cli.drawing import pca_panels
@@ -89,7 +89,7 @@ class Similarity(_FeaturePicture):
     example = "a.jpg b.jpg --point 120 80 --pretrained pixio_vith16.pth --size 512"
     output: Path = option(Path("similarity.png"), "picture to write")
     point: tuple[tuple[float, float], ...] = option(
-        help="pixel of the first image whose patch is compared; may be given several times",
+        help="pixel of the first image whose patch is compared; can be repeated",
         metavar=("X", "Y"),
         ge=0,
     )
@@ -104,7 +104,7 @@ class Similarity(_FeaturePicture):
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruct:
-    """Draw original, masked, reconstruction and pasted, one row per image and draw of the mask."""
+    """Draw each image, its masked version, the reconstruction, and the reconstruction in the masked part."""
 
     example = "a.jpg b.jpg --checkpoint runs/x/checkpoints/step_00001000"
     images: tuple[str, ...] = option(help="image files", positional=True)
@@ -113,11 +113,11 @@ class Reconstruct:
         Path("reconstruction.png"), "picture to write; with --sweep a .gif, or an animated .png"
     )
     mask_ratio: float = option(0.75, "share of masked cells", ge=0, lt=1)
-    mask_grid: int | None = option(None, "cell side in patches; as in training when left out", ge=1)
-    seed: int = option(0, "of the masks", ge=0)
-    draws: int = option(1, "different masks for each image", ge=1)
-    sweep: bool = option(False, "animate from nothing to almost all masked", negatable=False)
-    size: int | None = option(None, "pixels per side; as in training when left out", ge=1)
+    mask_grid: int | None = option(None, "side of a masked cell in patches; as in training if omitted", ge=1)
+    seed: int = option(0, "random seed of the masks", ge=0)
+    draws: int = option(1, "number of different masks per image", ge=1)
+    sweep: bool = option(False, "animate from nothing masked to almost everything masked", negatable=False)
+    size: int | None = option(None, "side of the images in pixels; as in training if omitted", ge=1)
 
     def __post_init__(self) -> None:
         check_new_file(
@@ -147,10 +147,10 @@ class Curves:
     """Draw loss, learning rate and health of one or several runs."""
 
     example = "runs/first runs/second"
-    logs: tuple[str, ...] = option(help="log.jsonl files or the folders they lie in", positional=True)
+    logs: tuple[str, ...] = option(help="log.jsonl files, or the folders that contain them", positional=True)
     output: Path = option(Path("curves.png"), "picture to write")
-    expect: Path | None = option(None, "JSON file with the points of an expected run, drawn on top")
-    save_expected: Path | None = option(None, "JSON file to write, for --expect, from the only run given")
+    expect: Path | None = option(None, "JSON file with points of an expected run to draw on top")
+    save_expected: Path | None = option(None, "JSON file for --expect to write, from the one run given")
 
     def __post_init__(self) -> None:
         check_new_file(self.output, PICTURES)
@@ -169,7 +169,7 @@ class Curves:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Gather a run into one self-contained HTML page.
+    """Summarize a run in one self-contained HTML page.
 
     It holds curves, reconstructions, evaluations (results.json in the run, and in folders beside it if they
     evaluated its encoder) and the configuration.
@@ -177,9 +177,9 @@ class Report:
 
     example = "runs/first --images a.jpg b.jpg"
     folder: Path = option(help="output folder of a run, with log.jsonl", positional=True, metavar="RUN")
-    output: Path | None = option(None, "page to write; RUN/report.html when left out")
-    images: tuple[str, ...] = option((), "files to reconstruct; rendered scenes when left out")
-    results: tuple[str, ...] = option((), "where more results.json of evaluations lie", metavar="FOLDER")
+    output: Path | None = option(None, "page to write; RUN/report.html if omitted")
+    images: tuple[str, ...] = option((), "images to reconstruct; rendered scenes if omitted")
+    results: tuple[str, ...] = option((), "folders with further evaluations (results.json)", metavar="FOLDER")
 
     def __post_init__(self) -> None:
         if self.output:

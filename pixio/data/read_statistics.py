@@ -98,8 +98,8 @@ class ReadStatistics:
             latest = "".join(f"\n  {message}" for message in self._latest)
             count = max(self._empty_count, len(self._empty))
             raise DataError(
-                f"the training set gives no image: {count} shards or parts of them had none to "
-                f"use ({counts}); check the data and its thresholds{latest}"
+                f"the training set gives no image: {count} shards or parts of shards had no usable "
+                f"one ({counts}); check the data and the curation thresholds{latest}"
             )
 
     def flush(self) -> dict[str, Any]:

@@ -309,7 +309,7 @@ def choose_device(device: str, ranks: Ranks) -> torch.device:
             raise ValueError(f"device mps runs one process, not {ranks.world_size}: choose cpu")
         return torch.device("mps")
     if not gpus:
-        raise ValueError("device cuda was asked for, but torch sees no CUDA GPU here: choose auto or cpu")
+        raise ValueError("device cuda was requested, but torch finds no CUDA GPU here: choose auto or cpu")
     if index:
         if ranks.world_size > 1:
             raise ValueError(f"device {device} would be shared by {ranks.world_size} processes: choose cuda")

@@ -45,16 +45,16 @@ _BLOCK_WARNING += "os.execv(sys.argv[1], sys.argv[1:])"
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Options of the launcher, beside those of the program that it starts.
+    """Options of the launcher, in addition to those of the program it starts.
 
     "none" means the cluster's default, which `SBATCH_PARTITION`, `SBATCH_ACCOUNT`, `SBATCH_QOS` and
     `SBATCH_CONSTRAINT` in the environment set for every job.
     """
 
     job_dir: str = option(
-        "runs/%j", "logs of all attempts, and the program's --output_dir; %j is the job's id"
+        "runs/%j", "folder for the logs of all attempts, also the program's --output_dir; %j is the job id"
     )
-    job_name: str = option("pixio", "name in the queue")
+    job_name: str = option("pixio", "job name")
     ngpus: int = option(8, "GPUs per node, each with its own process", ge=1)
     nodes: int = option(1, "number of nodes", ge=1)
     timeout: int = option(4320, "time limit in minutes; a run that needs longer is requeued", ge=1)
@@ -62,7 +62,7 @@ class LaunchConfig:
     account: str | None = option(None, "SLURM account")
     qos: str | None = option(None, "SLURM quality of service")
     comment: str | None = option(None, "comment for the scheduler")
-    constraint: str | None = option(None, "features the nodes must have")
+    constraint: str | None = option(None, "SLURM constraint: features the nodes must have")
     exclude: str | None = option(None, "nodes to avoid")
     cpus_per_task: int = option(10, "CPU cores per process", ge=1)
     mem_gb: float | None = option(None, "memory per node in GB", gt=0)
@@ -70,7 +70,7 @@ class LaunchConfig:
         300, "seconds before the time limit at which the run is told to save and exit", ge=1
     )
     slurm: tuple[str, ...] = option((), "any further sbatch options: reservation=big exclusive")
-    snapshot: bool = option(False, "run a copy of the code, so that later edits do not reach a queued job")
+    snapshot: bool = option(False, "run a copy of the code, so that later edits do not affect a queued job")
     local: bool = option(False, "start the processes on this node, without SLURM, and wait for them")
     dry_run: bool = option(False, "print the sbatch script and submit nothing")
 

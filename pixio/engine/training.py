@@ -30,19 +30,25 @@ class TrainConfig:
 
     # data
     dataset_type: Literal["imagenet", "webdataset", "folder", "scenes"] = option(
-        "imagenet", "what --data_path holds"
+        "imagenet", "kind of data in --data_path"
     )
-    data_path: str = option("", "folder with tars or images; unused for scenes")
-    image_suffix: str | None = option(None, "ending of the names to read, such as .jpg; None = all images")
-    json_path: str | None = option(None, "curation statistics of web tars")
+    data_path: str = option("", "folder with tars or images; not used for scenes")
+    image_suffix: str | None = option(
+        None, "read only names that end in this, such as .jpg; by default all images"
+    )
+    json_path: str | None = option(None, "folder with the curation statistics of web tars")
     soft_sampling: bool = option(False, "keep an image with probability min(mae_loss, 1) at each visit")
     hist_thresh: float | None = option(None, "drop images whose histogram_score is not above this", ge=0)
     imgres_thresh: int | None = option(None, "drop images with a side below this, in pixels", ge=0)
-    input_size: int = option(256, "crop size in pixels, also the trained models' native size", ge=1)
-    crop_scale_min: float = option(0.2, "smallest area of a random crop, as a share of the image", gt=0, le=1)
-    decode: Literal["fast", "exact"] = option("fast", "exact reads whole images at full scale, with Pillow")
-    num_workers: int = option(6, "loading processes per rank", ge=0)
-    pin_mem: bool = option(True, "pinned memory for faster transfers to a GPU")
+    input_size: int = option(256, "crop size in pixels, which becomes the native size of the model", ge=1)
+    crop_scale_min: float = option(
+        0.2, "smallest area of a random crop, as a fraction of the image", gt=0, le=1
+    )
+    decode: Literal["fast", "exact"] = option(
+        "fast", "exact: decode whole images at full resolution, with Pillow"
+    )
+    num_workers: int = option(6, "data-loading processes per rank", ge=0)
+    pin_mem: bool = option(True, "use pinned memory for faster transfers to the GPU")
     # optimization
     batch_size: int = option(64, "images per rank and forward pass", ge=1)
     accum_iter: int = option(1, "forward passes per step", ge=1)
@@ -50,42 +56,48 @@ class TrainConfig:
     iters_per_epoch: int = option(1605, "steps per epoch", aliases=("iter_per_epoch",), ge=1)
     warmup_epochs: int = option(40, "linear warm-up from 0", ge=0)
     lr: float | None = option(None, "peak learning rate; by default blr x images per step / 256", gt=0)
-    blr: float = option(2.5e-5, "peak learning rate per 256 images of a step", gt=0)
+    blr: float = option(2.5e-5, "base learning rate: peak learning rate per 256 images of a step", gt=0)
     min_lr: float = option(0.0, "learning rate at the end", ge=0)
     weight_decay: float = option(0.05, "AdamW decay of weights, not of biases and norms", ge=0)
-    clip_grad: float | None = option(None, "largest gradient norm; none in the published recipes", gt=0)
-    seed: int = option(0, "of weights, sample order, crops and masks", ge=0)
+    clip_grad: float | None = option(
+        None, "clip the gradient norm to this; not used in the published recipes", gt=0
+    )
+    seed: int = option(0, "random seed of weights, sample order, crops and masks", ge=0)
     # run
-    output_dir: str = option("runs/latest", "everything the run writes")
-    log_dir: str | None = option(None, "folder of log.jsonl and TensorBoard; --output_dir by default")
+    output_dir: str = option("runs/latest", "folder for everything the run writes")
+    log_dir: str | None = option(None, "folder for log.jsonl and TensorBoard; by default --output_dir")
     log_freq: int = option(20, "steps between log lines", ge=1)
     save_freq: int = option(
-        20, "epochs between checkpoints kept for good; 0 = keep only the newest two", ge=0
+        20, "epochs between checkpoints that are never deleted; 0 = keep only the newest two", ge=0
     )
     save_steps: int = option(0, "steps between checkpoints; 0 = off", ge=0)
     save_minutes: float = option(30.0, "minutes between checkpoints; 0 = off", ge=0)
     resume: str | None = option(
-        None, "checkpoint of another run to start from; the run's own is found by itself"
+        None, "checkpoint of another run to start from; the run's own is found automatically"
     )
     new_data: bool = option(
         False,
-        "resume with other data than the checkpoint's: its weights and optimizer, a new epoch of the data",
+        "resume on different data: keep weights and optimizer, start a new epoch of the data",
     )
-    start_epoch: int = option(0, "epoch at which a run without a checkpoint starts", ge=0)
+    start_epoch: int = option(0, "first epoch of a run that has no checkpoint", ge=0)
     tensorboard: bool = option(False, "also log to TensorBoard")
     wandb: bool = option(False, "also log to Weights & Biases")
     # hardware
     device: str = option("auto", "auto (a GPU if there is one), cpu, or the name of a torch device")
-    dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", "what autocast computes in")
-    compile: bool | None = option(None, "compile the blocks with torch.compile; none = on a GPU")
+    dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", "autocast dtype")
+    compile: bool | None = option(None, "compile the blocks with torch.compile; by default on GPUs only")
     parallel: Literal["ddp", "fsdp", "hybrid"] = option(
-        "ddp", "a model per GPU, shards over all GPUs, or shards within each node"
+        "ddp", "replicate the model on each GPU, shard it over all GPUs, or shard it within each node"
     )
     deterministic: bool = option(False, "the same bits each time on a GPU too, with slower kernels")
-    grad_checkpointing: bool = option(False, "recompute activations: much less memory, a third more time")
-    world_size: int | None = option(None, "processes, when started by hand; launchers set it", ge=1)
-    local_rank: int | None = option(None, "which of them this is", aliases=("local-rank",), ge=0)
-    dist_url: str | None = option(None, "rendezvous of these, such as tcp://127.0.0.1:29500")
+    grad_checkpointing: bool = option(False, "activation checkpointing: much less memory, a third more time")
+    world_size: int | None = option(None, "number of processes, if started by hand; launchers set it", ge=1)
+    local_rank: int | None = option(
+        None, "index of this process, if started by hand", aliases=("local-rank",), ge=0
+    )
+    dist_url: str | None = option(
+        None, "rendezvous address, if started by hand, such as tcp://127.0.0.1:29500"
+    )
 
     def __post_init__(self) -> None:
         if self.warmup_epochs > self.epochs:

@@ -57,7 +57,7 @@ def load_encoder(name: str, pretrained: str | Path | None = None, **options: Any
     elif library == "hf":
         if pretrained is not None or options:
             surplus = ", ".join([*options, *([str(pretrained)] if pretrained else [])])
-            raise ValueError(f"{name} brings its own weights and sizes: leave out {surplus}")
+            raise ValueError(f"{name} has its own weights and sizes: omit {surplus}")
         encoder = _load_folder(Path(rest).expanduser())
     else:
         raise ValueError(f"unknown encoder '{name}': expected pixio_…, timm/NAME or hf/FOLDER")

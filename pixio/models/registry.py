@@ -113,8 +113,8 @@ def from_pretrained(
     heads = num_heads or named_heads or _HEADS.get((sizes["embed_dim"], sizes["depth"]))
     if heads is None:
         raise ValueError(
-            f"{source}: width {sizes['embed_dim']} with {sizes['depth']} blocks is none of the known models, "
-            "and heads cannot be read off tensors: pass num_heads"
+            f"{source}: width {sizes['embed_dim']} with {sizes['depth']} blocks matches no known model, "
+            "and the number of heads cannot be inferred from tensors: pass num_heads"
         )
     with torch.device("meta"):
         model = PixioViT(**{**sizes, "num_heads": heads, **options})
@@ -162,7 +162,7 @@ def load_mae(
     decoder_num_heads = decoder_num_heads or named.get("decoder", (0, 0, 0))[2]
     if not num_heads or not decoder_num_heads:
         raise ValueError(
-            f"{path} does not name its model, and heads cannot be read off tensors: "
+            f"{path} does not name its model, and heads cannot be inferred from tensors: "
             "pass num_heads and decoder_num_heads (the published decoder has 16)"
         )
     sizes = loading.infer_sizes(encoder_state, path)

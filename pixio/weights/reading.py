@@ -95,14 +95,14 @@ def read_file(path: str | Path) -> dict[str, Any]:
         what = f"the pickle names {foreign[1]}" if foreign else "it is not a pickle of plain weights"
         raise ValueError(
             f"{path}: {what}; only tensors and plain containers are loaded, because pickles can run code; "
-            "ask whoever made it for a file of its state dict alone"
+            "ask its author for a file that holds only the state dict"
         ) from None
     except ImportError:  # of the library for such files
         raise
     except Exception as error:  # a damaged file can fail anywhere inside the readers
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{path} ({path.stat().st_size:,} bytes) is not a readable weight file, perhaps cut off while "
+            f"{path} ({path.stat().st_size:,} bytes) is not a readable weight file, perhaps truncated while "
             f"copying ({reason}); copy or download it again"
         ) from None
     if not isinstance(content, dict):
@@ -242,12 +242,12 @@ def _download(repository: str) -> Path:
                 return folder
     except errors.GatedRepoError:
         raise ValueError(
-            f"{repository} is gated: request access at {page} while logged in, and when it is granted log in "
+            f"{repository} is gated: request access at {page} while logged in; once it is granted, log in "
             "here with `hf auth login`, or set HF_TOKEN to a token from https://huggingface.co/settings/tokens"
         ) from None
     except errors.RepositoryNotFoundError:
         raise FileNotFoundError(
-            f"{nothing}, and no repository {page} that you may see; if it is "
+            f"{nothing}, and no repository {page} that you have access to; if it is "
             "private, log in with `hf auth login`"
         ) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):

@@ -6,7 +6,7 @@
 #   hardware   one GPU of 24 GB; GPUS=4 for four (then --accum_iter 2 keeps 2,048 images per step)
 #   hours      about 8.7 hours on rtx4090 (computed by pixio plan at 40 % MFU); 62,500 steps of 2,048 images = 100 passes over ImageNet-1K
 #   expect     no reference number yet
-# Further flags are passed on, and the last one wins. The same command resumes a run that was stopped.
+# Further flags are passed on and override those below. The same command resumes a run that was stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
