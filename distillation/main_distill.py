@@ -59,14 +59,12 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
         return
 
     # ---- teacher, students
-    teacher = load_teacher(
-        config.teacher_model,
-        config.teacher_pretrained,
-        runtime.device,
-        runtime.dtype,
-        state.get("teacher") if state else None,
+    source, expected = config.teacher_pretrained, state.get("teacher") if state else None
+    teacher = runtime.build(
+        lambda: load_teacher(config.teacher_model, source, runtime.device, runtime.dtype, expected),
+        whole=bool(config.feature_cache),  # which every rank fills with a whole one
     )
-    if not config.feature_cache:  # which every rank fills with a whole one
+    if not config.feature_cache:
         ours = isinstance(teacher, pixio.PixioViT)  # other libraries' blocks may not be one graph
         teacher = runtime.wrap(teacher, compile=config.compile if ours else False)
     trainers = [make_trainer(config, runtime, teacher, i) for i in range(len(config.student_models))]

@@ -243,21 +243,26 @@ def make_trainer(config: DistillConfig, runtime: Runtime, teacher: nn.Module, i:
     """
     name = config.student_models[i]
     n_cls_tokens = config.n_cls_tokens or teacher.n_cls_tokens or 8
+
+    def build() -> Student:
+        encoder = pixio.create_model(
+            name,
+            img_size=config.input_size,
+            n_cls_tokens=n_cls_tokens,
+            drop_path=config.of(i, "drop_path"),
+            drop_path_mode=config.drop_path_mode,
+        )
+        compared = n_cls_tokens if config.loss_fn_cls != "none" else 0
+        check_teacher(teacher, config.input_size, encoder.patch_size, compared, config.resize_teacher)
+        student = Student(encoder, teacher.embed_dim)
+        if config.init_students:
+            student.load(config.init_students[i])
+        return student
+
     runtime.seed(config.seed, 0, name)
-    encoder = pixio.create_model(
-        name,
-        img_size=config.input_size,
-        n_cls_tokens=n_cls_tokens,
-        drop_path=config.of(i, "drop_path"),
-        drop_path_mode=config.drop_path_mode,
-    )
-    compared = n_cls_tokens if config.loss_fn_cls != "none" else 0
-    check_teacher(teacher, config.input_size, encoder.patch_size, compared, config.resize_teacher)
-    student = Student(encoder, teacher.embed_dim)
-    if config.init_students:
-        student.load(config.init_students[i])
+    student = runtime.build(build)
     losses = {key: getattr(config, key) for key in ("loss_fn_cls", "loss_fn_patch", "loss_fuse")}
-    objective = Objective(encoder.grid, config.of(i, "mask_ratio"), config.mask_grid, losses)
+    objective = Objective(student.encoder.grid, config.of(i, "mask_ratio"), config.mask_grid, losses)
     return StudentTrainer(
         name,
         student,

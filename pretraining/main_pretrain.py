@@ -80,13 +80,12 @@ class PretrainConfig(TrainConfig):
 
 
 # ---------------------------------------------------------------------------------------------- the run
-def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
-    """Train until the last step; saves on the way, and before it raises `NonFiniteLoss` or `Preempted`."""
-    output = Path(config.output_dir)
-    base_lr = config.peak_lr(runtime.world_size)
+def first_model(config: PretrainConfig) -> pixio.PixioMAE:
+    """The model as it starts: random, or with the weights of --init_encoder or --init_mae.
 
-    # ---- model, optimizer
-    runtime.seed(config.seed, step=0)
+    Raises:
+        OSError, ValueError: see `pixio.models.registry.initialize_from`.
+    """
     mae = pixio.create_model(
         config.model,
         img_size=config.input_size,
@@ -98,10 +97,20 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
     )
     if config.position_init == "sincos":
         mae.start_from_sincos()
-    if source := config.init_mae or config.init_encoder:
-        resized = initialize_from(mae, source, decoder=config.init_mae is not None)
-        if resized and runtime.is_main:
-            print(resized, flush=True)
+    source, decoder = config.init_mae or config.init_encoder, config.init_mae is not None
+    if source and (resized := initialize_from(mae, source, decoder)):
+        print(resized, flush=True)
+    return mae
+
+
+def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
+    """Train until the last step; saves on the way, and before it raises `NonFiniteLoss` or `Preempted`."""
+    output = Path(config.output_dir)
+    base_lr = config.peak_lr(runtime.world_size)
+
+    # ---- model, optimizer
+    runtime.seed(config.seed, step=0)
+    mae = runtime.build(lambda: first_model(config))
     model = runtime.wrap(mae, config.grad_checkpointing, config.compile)
     optimizer = make_adamw(mae, base_lr, weight_decay=config.weight_decay, parts=("encoder",))
     scaler = runtime.make_scaler()

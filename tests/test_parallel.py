@@ -1,6 +1,7 @@
 """Copies, shards, or one process: the same losses, and checkpoints that any of them resumes from."""
 
 import os
+import pickle
 import re
 import warnings
 import weakref
@@ -14,9 +15,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from helpers import ALONE, echoing_programs, flags_of_script
 from safetensors.torch import load_file
-from students import Batch, Objective, Student, StudentTrainer
-from teachers import teacher_tokens
+from students import Batch, Objective, Student, StudentTrainer, make_trainer
+from teachers import load_teacher, teacher_tokens
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,10 +29,11 @@ from pixio.cli.plan import describe, make_plan
 from pixio.engine.checkpoint import Checkpoints, materialize, read_checkpoint, restore
 from pixio.engine.config import parse
 from pixio.engine.optim import make_adamw
-from pixio.engine.parallel import make_mesh, shard
+from pixio.engine.parallel import make_mesh, shard, skeleton, to_device
 from pixio.engine.ranks import Ranks
 from pixio.engine.runtime import Runtime, start_runtime
 from pixio.engine.step import accumulate
+from pixio.models.external import load_encoder
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,6 +108,65 @@ def distil(runtime: Runtime) -> list[float]:
     return found
 
 
+class Tables(nn.Module):
+    """Parameters, and tables that no checkpoint holds, inside of blocks and beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3), requires_grad=False)
+        self.register_buffer("table", torch.randn(3), persistent=False)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)) for _ in range(2))
+        for block in self.blocks:
+            block.register_buffer("table", torch.randn(3), persistent=False)
+
+
+def values_of(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers, whole, whatever they are saved as."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: t.full_tensor() if isinstance(t, DTensor) else t.detach().clone() for name, t in named}
+
+
+def first_weights(runtime: Runtime, folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The values with which models start, as `runtime` gives them to its ranks."""
+    flags = ["--model", "pixio_vitpico16_enc128x6h4_dec128x2h4", "--input_size", "64", "--mask_grid", "2"]
+    config = parse(main_pretrain.PretrainConfig, [*flags, "--position_init", "sincos"])
+    loaded = parse(main_pretrain.PretrainConfig, [*flags, "--init_encoder", str(folder / "encoder.pth")])
+    distilled = parse(
+        main_distill.DistillConfig, "--student_models pixio_vitpico16 --input_size 64 --mask_grid 2".split()
+    )
+    builders = {
+        "mae": lambda: main_pretrain.first_model(config),
+        "loaded mae": lambda: main_pretrain.first_model(loaded),
+        "teacher": lambda: load_teacher(
+            "pixio_vitpico16", str(folder / "encoder.pth"), runtime.device, torch.bfloat16
+        ),
+        "tables": Tables,
+    }
+    found = {}
+    for name, builder in builders.items():
+        runtime.seed(5, step=0)
+        model = runtime.build(builder)
+        assert runtime.is_main or all(value.is_meta for value in values_of(model).values())
+        runtime.wrap(model)
+        found[name] = values_of(model)
+    found["whole"] = values_of(runtime.build(builders["teacher"], whole=True))
+    teacher = runtime.build(builders["teacher"])
+    found["student"] = values_of(make_trainer(distilled, runtime, teacher, 0).student)
+    return found
+
+
+def failures(runtime: Runtime, folder: Path) -> list[str]:
+    """What this rank says when rank 0 cannot build."""
+    config = parse(main_pretrain.PretrainConfig, ["--init_encoder", str(folder / "missing.pth")])
+    said = []
+    for function in (lambda: main_pretrain.first_model(config), lambda: {}["absent"]):
+        try:
+            runtime.build(function)
+        except Exception as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return said
+
+
 def two_ranks(rank: int, folder: Path) -> None:
     """Everything with two ranks, in one start of them."""
     torch.set_num_threads(1)
@@ -117,6 +179,8 @@ def two_ranks(rank: int, folder: Path) -> None:
             runtime, folder / f"from-{parallel}2", range(STEPS), checkpointing=shards
         )
         found[f"{parallel}2 distillation"] = distil(runtime)
+        found[f"{parallel}2 first weights"] = first_weights(runtime, folder)
+        found[f"{parallel}2 failures"] = failures(runtime, folder)
         runtime.close()
     torch.save(found, folder / f"two-{rank}.pt")
 
@@ -150,6 +214,8 @@ def runs(tmp_path_factory) -> dict:
         "one distillation": [distil(ALONE)],
         "folder": folder,
     }
+    torch.save(pixio.create_model("pixio_vitpico16", img_size=64).state_dict(), folder / "encoder.pth")
+    found["one first weights"] = [first_weights(ALONE, folder)]
     mp.spawn(two_ranks, (folder,), nprocs=2)
     found["one from fsdp2"] = [pretrain(ALONE, folder / "from-fsdp2", range(SAVED, STEPS))]
     mp.spawn(four_ranks, (folder,), nprocs=4)
@@ -171,6 +237,40 @@ def test_two_ranks_with_copies_or_shards_equal_one_process(runs, name):
 def test_distillation_on_two_ranks_equals_one_process(runs, name):
     for losses in runs[f"{name} distillation"]:
         torch.testing.assert_close(losses, runs["one distillation"][0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["ddp2", "fsdp2"])
+def test_what_rank_0_alone_builds_every_rank_receives_bit_for_bit(runs, name):
+    """Also what no checkpoint holds: fixed tables, types of frozen weights."""
+    for models in runs[f"{name} first weights"]:
+        for model, expected in runs["one first weights"][0].items():
+            assert models[model].keys() == expected.keys()
+            for key, value in expected.items():
+                assert models[model][key].dtype == value.dtype, key
+                assert torch.equal(models[model][key], value), f"{model} {key}"
+
+
+@pytest.mark.parametrize("name", ["ddp2", "fsdp2"])
+def test_a_model_that_rank_0_cannot_build_is_an_error_of_every_rank(runs, name):
+    (missing, bug), (missing_there, bug_there) = runs[f"{name} failures"]
+    assert missing == missing_there
+    assert "missing.pth" in missing
+    assert (bug, bug_there) == ("KeyError: 'absent'", "ValueError: rank 0: KeyError: 'absent'")
+
+
+def test_another_librarys_encoder_without_its_values_is_sent_and_filled():
+    encoder = load_encoder("timm/vit_small_patch16_dinov3", depth=2, embed_dim=48, num_heads=2)
+    copy = pickle.loads(pickle.dumps(skeleton(encoder)))
+    assert all(value.is_meta for value in values_of(copy).values())
+    to_device(copy, ALONE.device)
+    for value, empty in zip(
+        (*encoder.parameters(), *encoder.buffers()), (*copy.parameters(), *copy.buffers()), strict=True
+    ):
+        empty.data.copy_(value)
+    images = torch.randn(1, 3, 64, 48)
+    with torch.no_grad():
+        for key, value in encoder(images, [-1])[0].items():
+            assert torch.equal(copy(images, [-1])[0][key], value)
 
 
 @pytest.mark.parametrize("name", ["one from fsdp2", "ddp4", "hybrid4"])

@@ -1,5 +1,6 @@
 """A model on several ranks: a copy on each (DDP), or shards over all of them or those of a node (FSDP2)."""
 
+import copy
 import functools
 from collections.abc import Callable
 from datetime import timedelta
@@ -51,19 +52,35 @@ def checkpoint_activations(model: nn.Module, context_fn: Callable | None = None)
         block.forward = functools.partial(checkpoint, block.forward, **options)
 
 
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of `model` with its parameters and buffers on the meta device: all but their values."""
+    meta: dict[int, Any] = {id(tensor): tensor.to("meta") for tensor in model.buffers()}
+    for tensor in model.parameters():
+        meta[id(tensor)] = nn.Parameter(tensor.detach().to("meta"), tensor.requires_grad)
+    return copy.deepcopy(model, meta)
+
+
+def to_device(module: nn.Module, device: torch.device) -> nn.Module:
+    """Move `module`; what is on the meta device becomes memory for the values that rank 0 sends."""
+    for part in module.modules():
+        if any(t.is_meta for t in (*part.parameters(recurse=False), *part.buffers(recurse=False))):
+            part.to_empty(device=device, recurse=False)
+    return module.to(device)
+
+
 def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     """Collective: a copy of rank 0's `model` on every rank; gradients become the mean over ranks (DDP)."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         return broadcast(model, device)  # DDP refuses a model without gradients
     device_ids = [device] if device.type == "cuda" else None
     return DistributedDataParallel(
-        model.to(device), device_ids=device_ids, gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB
+        to_device(model, device), device_ids=device_ids, gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB
     )
 
 
 def broadcast(module: nn.Module, device: torch.device) -> nn.Module:
-    """Collective: move `module` to the device with the weights of rank 0, but for what is sharded already."""
-    for tensor in (*module.to(device).parameters(), *module.buffers()):
+    """Collective: move `module` to the device with the values of rank 0, but for what is sharded already."""
+    for tensor in (*to_device(module, device).parameters(), *module.buffers()):
         if not isinstance(tensor, DTensor):
             dist.broadcast(tensor.detach(), src=0)
     return module

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pixio.engine import signals
+from pixio.engine.program import explain
 from pixio.engine.rendezvous import Watchdog, rendezvous
 
 LONGEST_START = timedelta(minutes=30)  # from the first rank's start to the last's
@@ -240,15 +241,18 @@ class Collectives:
         """Collective: what `function()` returns; where it fails on one rank, all raise its message.
 
         Raises:
-            ValueError: `function` has raised ValueError or OSError on some rank.
+            ValueError: `function` has failed on some rank; where that is no user's mistake, its own error is
+                raised there.
         """
-        value = failure = None
+        value = failure = error = None
         try:
             value = function()
-        except (OSError, ValueError) as error:
-            failure = str(error)
+        except (OSError, ValueError, ImportError) as mistake:
+            failure = explain(mistake)
+        except Exception as caught:
+            error, failure = caught, f"rank {self.rank}: {type(caught).__name__}: {caught}"
         if failures := [text for text in self.gather(failure) if text]:
-            raise ValueError(failures[0])
+            raise error or ValueError(failures[0])
         return value
 
     def barrier(self) -> None:

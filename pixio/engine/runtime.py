@@ -28,6 +28,7 @@ from pixio.engine.parallel import (
     make_mesh,
     replicate,
     shard,
+    skeleton,
 )
 from pixio.engine.ranks import Collectives, Ranks, find_ranks, join_ranks
 
@@ -124,6 +125,27 @@ class Runtime(Collectives):
         """
         text = f"{seed}/{step}/{self.rank}{part and '/'}{part}".encode()
         torch.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big", signed=True))
+
+    def build(self, function: Callable[[], nn.Module], whole: bool = False) -> nn.Module:
+        """Collective: the model that `function()` gives on rank 0, the only one that calls it.
+
+        The others hold it on the meta device until `wrap` sends the weights, so that memory of the host and
+        start time do not grow with the ranks of a node. One process calls `function` and no more.
+
+        Args:
+            function: builds and loads.
+            whole: send all weights now, for a model that is not wrapped.
+
+        Raises:
+            ValueError: on every rank, when `function` fails.
+        """
+        if self.world_size == 1:
+            return function()
+        model = self.agree(lambda: function() if self.is_main else None)
+        shared = [skeleton(model) if self.is_main else None]
+        dist.broadcast_object_list(shared, src=0)
+        model = model if self.is_main else shared[0]
+        return broadcast(model, self.device) if whole else model
 
     def wrap(
         self, model: nn.Module, activation_checkpointing: bool = False, compile: bool | None = False
