@@ -132,7 +132,7 @@ def first_weights(runtime: Runtime, folder: Path) -> dict[str, dict[str, Tensor]
     config = parse(main_pretrain.PretrainConfig, [*flags, "--position_init", "sincos"])
     loaded = parse(main_pretrain.PretrainConfig, [*flags, "--init_encoder", str(folder / "encoder.pth")])
     distilled = parse(
-        main_distill.DistillConfig, "--student_models pixio_vitpico16 --input_size 64 --mask_grid 2".split()
+        main_distill.DistillConfig, ["--student_models", "pixio_vitpico16", "--input_size", "64", "--mask_grid", "2"]
     )
     builders = {
         "mae": lambda: main_pretrain.first_model(config),
