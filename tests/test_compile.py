@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch._inductor.config
 import torch.distributed as dist
+from held_out import HeldOut
 from helpers import ALONE, read_log
+from PIL import Image
 from students import Batch, Objective, Student, StudentTrainer
 from teachers import teacher_tokens
 from torch._dynamo.utils import counters
@@ -95,6 +97,20 @@ def test_skipped_images_share_a_graph_whatever_their_number():
 
     assert outputs(compile=True) == pytest.approx(outputs(compile=False), abs=1e-5)
     assert_graphs(2)  # of all images, and of some
+
+
+def test_the_held_out_loss_is_a_graph_each_for_encoder_and_decoder(tmp_path):
+    """Beside those of training, as it is computed without gradients and without stochastic depth."""
+    for number in range(3):
+        Image.new("RGB", (64, 64), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    mae = pixio.create_model(MAE, img_size=64, mask_grid=2, drop_path=0.4)
+    held_out = HeldOut(str(tmp_path), mae, mask_ratio=0.75)
+    eager = held_out.loss(ALONE, mae, batch_size=3)
+    model = ALONE.wrap(mae, compile=True).train()
+    for _ in range(2):
+        model(torch.randn(3, 3, 64, 64)).loss.backward()
+        assert held_out.loss(ALONE, model, batch_size=3) == pytest.approx(eager, rel=1e-5)
+    assert_graphs(2 + 2)
 
 
 def test_each_size_of_images_is_a_graph_of_its_own():

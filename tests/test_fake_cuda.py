@@ -65,17 +65,43 @@ class Waits(TorchDispatchMode):
         return out
 
 
-def make_up_gradients(loss: Tensor) -> None:
-    """Stands for `Tensor.backward`, whose engine does not run without a device."""
-    nodes, seen = [loss.grad_fn], set()
+def backward(loss: Tensor) -> None:
+    """Stands for `Tensor.backward`, whose engine does not run without a device: calls each node in turn.
+
+    As there, gradients of one node are added, and take the shape and the type of what they are gradients of.
+    """
+    waiting: Counter = Counter()  # for the gradients of how many nodes each waits
+    nodes, seen = [loss.grad_fn], {loss.grad_fn}
     while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+        followers = [node for node, _ in nodes.pop().next_functions if node is not None]
+        waiting.update(followers)
+        nodes += [node for node in followers if node not in seen]
+        seen.update(followers)
+    gradients = {loss.grad_fn: {0: torch.ones_like(loss)}}
+    ready = [loss.grad_fn]
+    while ready:
+        node = ready.pop()
+        given = gradients.pop(node, {})
+        inputs = [given.get(i) for i in range(len(node._input_metadata))]
+        for i, meta in enumerate(node._input_metadata):
+            if inputs[i] is not None:
+                inputs[i] = inputs[i].sum_to_size(meta.shape).to(meta.dtype)
+                assert inputs[i].device == meta.device
         if hasattr(node, "variable"):
-            node.variable.grad = torch.empty_like(node.variable)
-        nodes += [function for function, _ in node.next_functions]
+            grad = node.variable.grad
+            node.variable.grad = inputs[0] if grad is None else grad + inputs[0]
+            continue
+        outputs = node(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        for (follower, i), gradient in zip(node.next_functions, outputs, strict=True):
+            if follower is None:
+                continue
+            if gradient is not None:
+                sums = gradients.setdefault(follower, {})
+                sums[i] = sums[i] + gradient if i in sums else gradient
+            waiting[follower] -= 1
+            if not waiting[follower]:
+                ready.append(follower)
 
 
 @pytest.fixture
@@ -90,7 +116,7 @@ def counts(monkeypatch) -> Counter:
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: None)
     monkeypatch.setattr(nn.Module, "to", lambda self, device: self)
-    monkeypatch.setattr(Tensor, "backward", make_up_gradients)
+    monkeypatch.setattr(Tensor, "backward", lambda loss: backward(loss))
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     normalization._statistics.cache_clear()

@@ -131,9 +131,8 @@ def first_weights(runtime: Runtime, folder: Path) -> dict[str, dict[str, Tensor]
     flags = ["--model", "pixio_vitpico16_enc128x6h4_dec128x2h4", "--input_size", "64", "--mask_grid", "2"]
     config = parse(main_pretrain.PretrainConfig, [*flags, "--position_init", "sincos"])
     loaded = parse(main_pretrain.PretrainConfig, [*flags, "--init_encoder", str(folder / "encoder.pth")])
-    distilled = parse(
-        main_distill.DistillConfig, ["--student_models", "pixio_vitpico16", "--input_size", "64", "--mask_grid", "2"]
-    )
+    student = ["--student_models", "pixio_vitpico16", "--input_size", "64", "--mask_grid", "2"]
+    distilled = parse(main_distill.DistillConfig, student)
     builders = {
         "mae": lambda: main_pretrain.first_model(config),
         "loaded mae": lambda: main_pretrain.first_model(loaded),

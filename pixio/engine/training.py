@@ -246,13 +246,12 @@ def save_run(
         batches: of this rank.
         models, exports, wait: see `Checkpoints.save`.
     """
-    data = runtime.gather(batches.state_dict(step))
-    state = {**models, "data": data, "images": images, "config": asdict(config)}
+    data, reports = zip(*runtime.gather((batches.state_dict(step), batches.report())), strict=True)
+    state = {**models, "data": list(data), "images": images, "config": asdict(config)}
     checkpoints.save(step, state, exports, wait)
-    reports = runtime.gather(batches.report())
     if runtime.is_main:
         try:
-            write_json(Path(config.output_dir) / "data_report.json", reports)
+            write_json(Path(config.output_dir) / "data_report.json", list(reports))
         except OSError as error:
             print(f"training continues without data_report.json: {error}", file=sys.stderr, flush=True)
 
