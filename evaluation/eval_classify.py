@@ -59,7 +59,11 @@ class ClassifyConfig(TrainingConfig):
     epochs: int = option(50, "passes over the training images", ge=1)
     warmup_epochs: int = option(5, "linear warm-up from 0", ge=0)
     batch_size: int = option(32, "images per batch; mixup and cutmix mix within it", ge=2)
-    lr: float = option(1e-3, "peak learning rate, for any number of ranks; MAE's is for 256 images", gt=0)
+    lr: float = option(
+        1e-3,
+        "peak learning rate, for any number of ranks; the default is MAE's, for 256 images per step",
+        gt=0,
+    )
     encoder_lr: float | None = option(None, "peak learning rate of the trained blocks; by default --lr", gt=0)
     weight_decay: float = option(0.05, "AdamW decay", ge=0)
     # augmentation; none = MAE's where some of the encoder is trained, else crops and mirroring alone

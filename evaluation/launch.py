@@ -22,7 +22,7 @@ class EvaluationConfig:
     output_dir: str | None = option(None, "output folder; by default one in runs/, named after the run")
     device: str = option("auto", "auto, cpu, mps or a GPU")
     dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", "autocast dtype")
-    deterministic: bool = option(False, "the same bits each time on a GPU too, with slower kernels")
+    deterministic: bool = option(False, "bitwise reproducible on GPUs too, with slower kernels")
     port: int | None = option(None, "rendezvous port, if the launcher does not set one", ge=1, le=65_535)
     local_rank: int | None = option(
         None,

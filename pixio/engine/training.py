@@ -89,7 +89,7 @@ class TrainConfig:
     parallel: Literal["ddp", "fsdp", "hybrid"] = option(
         "ddp", "replicate the model on each GPU, shard it over all GPUs, or shard it within each node"
     )
-    deterministic: bool = option(False, "the same bits each time on a GPU too, with slower kernels")
+    deterministic: bool = option(False, "bitwise reproducible on GPUs too, with slower kernels")
     grad_checkpointing: bool = option(False, "activation checkpointing: much less memory, a third more time")
     world_size: int | None = option(None, "number of processes, if started by hand; launchers set it", ge=1)
     local_rank: int | None = option(
