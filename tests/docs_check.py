@@ -34,6 +34,7 @@ DATA = {  # layout of rendered scenes -> folder in data/
 TRAIN = "--device cpu --dtype fp32 --num_workers 1 --epochs 1 --iters_per_epoch 2 --warmup_epochs 0"
 TRAIN += " --batch_size 2 --accum_iter 1 --log_freq 1"
 DENSE = "--epochs 1 --batch_size 1 --batches_per_step 1 --crop_size 64 --panels 0"
+CLASSIFY = "--epochs 1 --warmup_epochs 0 --batch_size 2 --input_size 64"
 KNN = "--input_size 64 --nb_knn 2"
 SMALL = "--device cpu --dtype fp32 --num_workers 0"
 
@@ -77,7 +78,7 @@ SHORTER = {  # pattern -> flags put behind; the first that fits
     r"scripts/pretrain_\S*(cpu|onegpu)\.sh|main_pretrain\.py (?!--help)": f"{TRAIN} --model {MAE}",
     r"launch_(monodepth|semseg)\.sh|eval_(monodepth|semseg)\.py": f"{DENSE} {SMALL}",
     r"launch_knn\.sh|eval_knn\.py": f"{KNN} {SMALL}",
-    r"launch_classify\.sh|eval_classify\.py": f"--epochs 1 --batch_size 2 --input_size 64 {SMALL}",
+    r"launch_classify\.sh|eval_classify\.py": f"{CLASSIFY} {SMALL}",
     r"curate\.py --": "--device cpu --num_workers 1",
 }
 PYTHON_START = """\
