@@ -52,11 +52,14 @@ DISTILL = f"""
     --epochs 6 {COMMON}
 """
 TUNE = f"""
-    evaluation/eval_semseg.py --config evaluation/semseg/configs/loveda_linear.yaml --data_root {OUT}/loveda
-    --encoder {MODEL} --train_blocks all --layer_decay 1 --lr 1e-3 --encoder_lr 1e-3
-    --epochs 15 --eval_freq 15 --crop_size {SIZE} --batch_size 8 --batches_per_step 1 --num_workers 1
-    --class_names {" ".join(CLASS_NAMES)}
+    --dataset folder --data_root {OUT}/labeled --encoder {MODEL} --head linear --train_blocks all
+    --layer_decay 1 --lr 1e-3 --encoder_lr 1e-3 --epochs 15 --eval_freq 15 --crop_size {SIZE}
+    --batch_size 8 --batches_per_step 1 --num_workers 1
 """
+MASKS = f"""
+    evaluation/eval_semseg.py --nclass {len(CLASS_NAMES)} --class_names {" ".join(CLASS_NAMES)} {TUNE}
+"""
+DEPTH = f"evaluation/eval_monodepth.py --max_depth 10 {TUNE}"
 UNTAUGHT = ("raw pixels", "position alone", "random encoder")
 Rows = dict[str, dict[str, list[float]]]  # features -> metric -> a value for each seed
 
@@ -72,8 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tree = f"--size {SIZE} --workers 2"
     run(f"-m pixio scenes imagenet-tars {OUT}/tars --train 2500 --val 0 {tree}")
     run(f"-m pixio scenes imagenet-folders {OUT}/held_out --train 0 --val 200 --seed 1 {tree}")
-    run(f"-m pixio scenes loveda {OUT}/loveda --train 400 --val 200 --seed 2 {tree}")
-    run(f"evaluation/semseg/util/process_loveda.py {OUT}/loveda")
+    run(f"-m pixio scenes folder {OUT}/labeled --train 400 --val 200 --seed 3 {tree}")
 
     for seed in options.seeds:
         folder = OUT / f"seed{seed}"
@@ -84,10 +86,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(f"{DISTILL} {teacher} --seed {seed} --output_dir {folder}/distill")
         step(f"4. Fine-tune it on 400 labeled scenes, and the same from scratch, seed {seed}")
         for name, start in (("fine-tuned", f"{folder}/pretrain/encoder.pth"), ("scratch", "none")):
-            run(f"{TUNE} --pretrained_ckp {start} --seed {seed} --output_dir {folder}/{name}")
+            run(f"{MASKS} --pretrained_ckp {start} --seed {seed} --output_dir {folder}/{name}")
 
-    step("5. Look at the run, at what it reconstructs, and at its features")
     first, photos = OUT / f"seed{options.seeds[0]}" / "pretrain", write_photos(4)
+    step("5. Fine-tune it for depth, too, and predict depth and masks of rooms that nothing has seen")
+    run(f"{DEPTH} --pretrained_ckp {first}/encoder.pth --output_dir {first.parent}/depth")
+    for name, head in (("depth", "depth"), ("masks", "fine-tuned")):
+        run(f"-m pixio predict {photos} --head {first.parent}/{head}/head.pth --output {OUT}/{name}")
+
+    step("6. Look at the run, at what it reconstructs, and at its features")
     checkpoint = first / "checkpoints" / (first / "checkpoints/latest").read_text().strip()
     known = f"--expect {EXPECTED}" if EXPECTED.is_file() and not options.update_docs else ""
     known += f" --save_expected {EXPECTED}" if options.update_docs else ""
@@ -95,18 +102,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     run(f"-m pixio reconstruct {photos} --checkpoint {checkpoint} --output {OUT}/reconstruction.png")
     flags = f"--pretrained {first}/encoder.pth --size {2 * SIZE}"
     run(f"-m pixio pca {photos} {flags} --smooth --output {OUT}/pca.png")
-    run(f"-m pixio features {photos} {flags} --output {OUT}/features.npz")
     run(f"-m pixio explore {photos} {flags} --output {OUT}/explore.html")
-    head = f"{first.parent}/fine-tuned/head.pth"
-    run(f"-m pixio predict {photos} --head {head} --output {OUT}/predicted")
 
-    step("6. Probe single patch tokens on scenes that no encoder has seen")
+    step("7. Probe single patch tokens on scenes that no encoder has seen")
     rows, tuned = probe_all(options.seeds), tuning_results(options.seeds)
     table, verdict = markdown(rows), f"{compare(rows, options.seeds)} {describe(tuned)}"
     write_json(OUT / "tables.json", {"seeds": options.seeds, "probes": rows, "fine-tuning": tuned})
     report = f"{table}\n{verdict} {describe_reconstruction(options.seeds)}\n"
     write_text(OUT / "tables.md", report)
-    made = "curves.png, reconstruction.png, pca.png, features.npz, explore.html, predicted/, tables.md"
+    made = "depth/, masks/, curves.png, reconstruction.png, pca.png, explore.html, tables.md"
     print(f"\n{report}\nIn {OUT}: {made}")
     if options.update_docs:
         replace_section(Path("README.md"), "demo", f"{table}\n{verdict}")

@@ -16,16 +16,15 @@ from pathlib import Path
 import eval_semseg
 import main_pretrain
 import numpy as np
-from PIL import Image
 
 import pixio
 from pixio.engine.config import option, parse
 from pixio.files import write_json
 from pixio.images.figures import figure, open_axes
-from pixio.synthetic.scenes import render
+from pixio.synthetic.trees import write_tree
 from pixio.synthetic.world import CLASS_NAMES
 
-_FIRST_VAL = 1_000_000  # seeds of held-out scenes, far from those of training
+_TREE = 3  # seed of the tree: scenes that no pre-training of ours has seen, not even without labels
 _SIDES = ("pre-trained", "from scratch")
 
 
@@ -51,17 +50,9 @@ class BenchmarkConfig:
 def write_scenes(config: BenchmarkConfig) -> Path:
     """Labeled scenes in the layout of `--dataset folder`, and a list of the first n for each n."""
     root = config.output / f"scenes_{config.size}"
-    for split, first, count in (("train", 0, max(config.labels)), ("val", _FIRST_VAL, config.val)):
-        for kind in ("images", "masks"):
-            (root / split / kind).mkdir(parents=True, exist_ok=True)
-        for i in range(count):
-            mask = root / split / "masks" / f"{i:04d}.png"
-            if not mask.exists():
-                scene = render(first + i, config.size)
-                Image.fromarray(scene.image).save(root / split / "images" / mask.name)
-                Image.fromarray(scene.semantics).save(mask)
+    write_tree("folder", root, max(config.labels), config.val, config.size, _TREE)
     for n in config.labels:
-        lines = [f"train/images/{i:04d}.png train/masks/{i:04d}.png\n" for i in range(n)]
+        lines = [f"train/images/{i:06d}.png train/masks/{i:06d}.png\n" for i in range(n)]
         (root / f"first_{n}.txt").write_text("".join(lines))
     return root
 

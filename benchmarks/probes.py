@@ -15,7 +15,7 @@ from pixio.images.normalization import normalize
 from pixio.models.mae import patchify
 from pixio.synthetic.scenes import CLASS_NAMES, render
 
-TRAIN_SEEDS, TEST_SEEDS = 1 << 33, 1 << 34  # first seeds of scenes that no tree holds
+TRAIN_SEEDS, TEST_SEEDS = 1 << 33, 1 << 34  # of trees of seed 1 and 2: train on others
 Split = dict[str, Tensor]
 View = Callable[[Tensor], Tensor]  # images uint8 [B, 3, H, W] -> features of patches [B, N, D]
 

@@ -252,6 +252,8 @@ def make_trainer(config: DistillConfig, runtime: Runtime, teacher: nn.Module, i:
             drop_path=config.of(i, "drop_path"),
             drop_path_mode=config.drop_path_mode,
         )
+        if config.position_init == "sincos":
+            encoder.start_from_sincos()
         compared = n_cls_tokens if config.loss_fn_cls != "none" else 0
         check_teacher(teacher, config.input_size, encoder.patch_size, compared, config.resize_teacher)
         student = Student(encoder, teacher.embed_dim)

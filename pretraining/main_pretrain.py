@@ -57,10 +57,6 @@ class PretrainConfig(TrainConfig):
         "exact",
         "exact: drop branches of each image at random; skip: a fixed number of images skips their work",
     )
-    position_init: Literal["normal", "sincos"] = option(
-        "normal",
-        "initial position embeddings: small noise as published, or MAE's sine-cosine tables, for short runs",
-    )
     init_encoder: str | None = option(None, "encoder file to start from; the decoder starts fresh")
     init_mae: str | None = option(
         None, "training checkpoint, ours or the release's, to start from with encoder and decoder"

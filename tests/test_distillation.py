@@ -25,12 +25,14 @@ import pixio
 from pixio.data import open_stream
 from pixio.engine import signals
 from pixio.engine.checkpoint import Checkpoints, materialize, read_checkpoint
+from pixio.engine.config import parse
 from pixio.engine.runtime import Runtime, start_runtime
 from pixio.engine.step import NonFiniteLoss, apply_gradients, compute_gradients
 from pixio.images.crops import resize_center_crop
 from pixio.images.decoding import decode
 from pixio.images.normalization import normalize
 from pixio.models.external import load_encoder
+from pixio.models.layers import sincos_positions
 from pixio.synthetic.trees import write_tree
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,6 +79,14 @@ def assert_equal_states(first: dict[str, Tensor], second: dict[str, Tensor]) -> 
     assert first.keys() == second.keys()
     for key, value in first.items():
         assert torch.equal(value, second[key]), key
+
+
+def test_students_of_short_runs_start_from_sine_cosine_positions_when_asked(folder):
+    config = parse(main_distill.DistillConfig, flags_of(folder, "--position_init sincos", students=PICO))
+    runtime = start_runtime("cpu", "fp32")
+    student = main_distill.make_trainer(config, runtime, pixio.pixio_vitti16(img_size=64), 0).student
+    patches = student.encoder.pos_embed[:, student.encoder.n_cls_tokens :]
+    torch.testing.assert_close(patches.detach(), sincos_positions((4, 4), 128))
 
 
 # --- losses -------------------------------------------------------------------------------------------------

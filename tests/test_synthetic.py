@@ -353,6 +353,19 @@ def test_loveda_masks_hold_raw_classes_and_0(tmp_path):
     assert {name.split("/")[-1] for name in masks} == {"2522.png", "3514.png", "2523.png"}
 
 
+def test_folder_holds_images_depth_in_millimeters_and_all_classes(tmp_path):
+    files = written("folder", tmp_path)
+    for seed in range(5):
+        image, depth, mask = (
+            pixels(files[f"train/{kind}/{seed:06d}.png"]) for kind in ("images", "depth", "masks")
+        )
+        scene = render(seed, 32)
+        np.testing.assert_array_equal(image, scene.image)
+        np.testing.assert_array_equal(mask, scene.semantics)
+        np.testing.assert_allclose(depth / 1000, scene.depth, atol=6e-4)
+    assert len(matching(files, r"val/(images|depth|masks)/00000[012]\.png")) == 9
+
+
 def test_training_and_validation_images_differ(tmp_path):
     files = written("loveda", tmp_path)
     assert len({content for name, content in files.items() if "images_png" in name}) == 8

@@ -62,6 +62,10 @@ class TrainConfig:
     clip_grad: float | None = option(
         None, "clip the gradient norm to this; not used in the published recipes", gt=0
     )
+    position_init: Literal["normal", "sincos"] = option(
+        "normal",
+        "initial position embeddings: small noise as published, or MAE's sine-cosine tables, for short runs",
+    )
     seed: int = option(0, "random seed of weights, sample order, crops and masks", ge=0)
     # run
     output_dir: str = option("runs/latest", "folder for everything the run writes")

@@ -18,6 +18,7 @@ from pixio.models.layers import (
     images_to_keep,
     init_weights,
     resize_positions,
+    sincos_positions,
     stochastic_depth,
 )
 
@@ -95,6 +96,15 @@ class PixioViT(nn.Module):
             self.apply(init_weights)
             nn.init.normal_(self.cls_token, std=0.02)
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    @torch.no_grad()
+    def start_from_sincos(self) -> None:
+        """Start the learned positions of patches from MAE's sine-cosine tables.
+
+        The published start, normal with std 0.02, is a fiftieth of a patch's embedding: attention cannot
+        tell places apart until it has grown, which takes more steps than a small run has.
+        """
+        self.pos_embed[:, self.n_cls_tokens :] = sincos_positions(self.grid, self.embed_dim)
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Patches per column and per row of a height x width image (pixels)."""

@@ -96,14 +96,10 @@ class PixioMAE(nn.Module):
 
     @torch.no_grad()
     def start_from_sincos(self) -> None:
-        """Start the learned positions of patches, in encoder and decoder, from MAE's sine-cosine tables.
-
-        The published start, normal with std 0.02, is a fiftieth of a patch's embedding: attention cannot
-        tell places apart until it has grown, which takes more steps than a small run has.
-        """
-        n_cls = self.encoder.n_cls_tokens
-        for positions in (self.encoder.pos_embed, self.decoder_pos_embed):
-            positions[:, n_cls:] = sincos_positions(self.encoder.grid, positions.shape[-1])
+        """Start the learned positions of patches, in encoder and decoder, from MAE's sine-cosine tables."""
+        self.encoder.start_from_sincos()
+        positions = self.decoder_pos_embed
+        positions[:, self.encoder.n_cls_tokens :] = sincos_positions(self.encoder.grid, positions.shape[-1])
 
     def forward(self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None) -> MAEOutput:
         """Mask, encode, decode, and compare with the pixels of the masked patches.

@@ -1,7 +1,7 @@
-"""Rendered scenes written to disk in the layouts of public data sets: same file names, bit depths and units.
+"""Rendered scenes on disk in the layouts of public data sets, names, bit depths and units, or of one's own.
 
-Loaders and commands made for those data sets run on the trees as they are. `LAYOUTS` says which files an item
-becomes and what they hold; `write_tree` renders the items and puts the files in place.
+Loaders and commands made for those run on the trees as they are. `LAYOUTS` says which files an item becomes
+and what they hold; `write_tree` renders the items and puts the files in place.
 """
 
 import io
@@ -145,13 +145,11 @@ def write_tree(
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
     rules = LAYOUTS[layout]
-    if val is None:
-        val = min(100, rules.capacity[1])
+    val = min(100, rules.capacity[1]) if val is None else val
     _check_numbers(layout, train=train, val=val, size=size, seed=seed, workers=workers, per_tar=per_tar)
     root = Path(root)
     request = {"layout": layout, "train": train, "val": val, "size": size, "seed": seed, "renderer": VERSION}
-    if rules.in_tars:
-        request["per_tar"] = per_tar
+    request |= {"per_tar": per_tar} if rules.in_tars else {}
     groups = [
         _Group(split, number, seeds, size)
         for split, count in zip(_SPLITS, (train, val), strict=True)
@@ -159,7 +157,6 @@ def write_tree(
     ]
     lists = rules.lists(groups)
     files = len(lists) + sum(len(rules.paths(group)) for group in groups)
-
     finished, begun = root / "scenes.json", root / "scenes.partial.json"
     if root.exists() and any(not path.name.startswith(".") for path in root.iterdir()):
         _check_same(root, finished if finished.exists() else begun, request)
@@ -265,6 +262,10 @@ def _encode(image: np.ndarray, image_format: str, **options: int) -> bytes:
     return buffer.getvalue()
 
 
+def _millimeters(scene: Scene) -> np.ndarray:
+    return np.rint(scene.depth * 1000).astype(np.uint16)
+
+
 def _sparse_depth(depth: np.ndarray, seed: int) -> np.ndarray:
     """Meters x 256, and 0 where a laser would see nothing: the upper third and 55 % of the rest."""
     values = np.rint(depth * (KITTI_DEPTH_SCALE * 256)).astype(np.uint16)
@@ -329,12 +330,9 @@ def _web_tar_contents(group: _Group) -> tuple[bytes, ...]:
     statistics = {}
     for seed, name in names.items():
         rng = np.random.default_rng([2, seed])  # plausible scores, measured on nothing
-        statistics[name] = {
-            "histogram_score": round(rng.uniform(3.5, 7.5), 4),
-            "mae_loss": round(rng.uniform(0.1, 1.2), 4),
-            "width": group.size,
-            "height": group.size,
-        }
+        score, loss = round(rng.uniform(3.5, 7.5), 4), round(rng.uniform(0.1, 1.2), 4)
+        sides = {"width": group.size, "height": group.size}
+        statistics[name] = {"histogram_score": score, "mae_loss": loss} | sides
     images = ((name, _jpeg(render(seed, group.size).image)) for seed, name in names.items())
     return _tar(images), json.dumps(statistics).encode()
 
@@ -375,8 +373,16 @@ def _nyuv2_paths(group: _Group) -> tuple[str, ...]:
 
 def _nyuv2_contents(group: _Group) -> tuple[bytes, ...]:
     scene = _scene(group, _NYUV2_SIZE)
-    millimeters = np.rint(scene.depth * 1000).astype(np.uint16)
-    return _jpeg(scene.image), _png(millimeters)
+    return _jpeg(scene.image), _png(_millimeters(scene))
+
+
+def _folder_paths(group: _Group) -> tuple[str, ...]:
+    return tuple(f"{group.split}/{kind}/{group.number:06d}.png" for kind in ("images", "depth", "masks"))
+
+
+def _folder_contents(group: _Group) -> tuple[bytes, ...]:
+    scene = _scene(group)
+    return _png(scene.image), _png(_millimeters(scene)), _png(scene.semantics)
 
 
 def _kitti_paths(group: _Group) -> tuple[str, ...]:
@@ -430,15 +436,9 @@ def _with_mask(values: np.ndarray, encode: Callable[[np.ndarray], bytes], group:
 
 _KITTI_CAPACITY = (len(_KITTI_FRAMES["train"]), len(_KITTI_FRAMES["val"]))
 LAYOUTS = {
-    "imagenet-tars": Layout(
-        _imagenet_tar_paths, _imagenet_tar_contents, in_tars=True, lists=_imagenet_tar_lists
-    ),
+    "imagenet-tars": Layout(_imagenet_tar_paths, _imagenet_tar_contents, True, lists=_imagenet_tar_lists),
     "web-tars": Layout(
-        _web_tar_paths,
-        _web_tar_contents,
-        in_tars=True,
-        capacity=(_SEEDS_PER_SPLIT, 0),
-        lists=_web_tar_lists,
+        _web_tar_paths, _web_tar_contents, True, capacity=(_SEEDS_PER_SPLIT, 0), lists=_web_tar_lists
     ),
     "imagenet-folders": Layout(_imagenet_folder_paths, _imagenet_folder_contents),
     "nyuv2": Layout(_nyuv2_paths, _nyuv2_contents),
@@ -446,4 +446,5 @@ LAYOUTS = {
     "ade20k": Layout(_ade20k_paths, partial(_with_mask, ADE20K_VALUES, _jpeg)),
     "pascal": Layout(_pascal_paths, partial(_with_mask, PASCAL_VALUES, _jpeg), lists=_pascal_lists),
     "loveda": Layout(_loveda_paths, partial(_with_mask, LOVEDA_VALUES, _png), capacity=(2 * 1156, 2 * 677)),
+    "folder": Layout(_folder_paths, _folder_contents),
 }
