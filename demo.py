@@ -39,27 +39,27 @@ PROBE_TRAIN, PROBE_TEST = (TRAIN_SEEDS, 600), (TEST_SEEDS, 300)  # scenes never 
 MODEL, DECODER, STUDENT = "pixio_vitfemto8", "enc64x4h2_dec64x2h2", "pixio_vitatto8"
 COMMON = f"""
     --dataset_type imagenet --data_path {OUT}/tars --input_size {SIZE} --crop_scale_min 0.4 --num_workers 1
-    --batch_size 32 --lr 1e-3 --iters_per_epoch 100 --warmup_epochs 2 --log_freq 20
+    --position_init sincos --batch_size 32 --lr 1e-3 --iters_per_epoch 100 --warmup_epochs 2 --log_freq 20
     --save_steps 0 --save_minutes 1 --save_freq 0
 """
 PRETRAIN = f"""
-    pretraining/main_pretrain.py --model {MODEL}_{DECODER} --position_init sincos
+    pretraining/main_pretrain.py --model {MODEL}_{DECODER}
     --norm_pix_loss --mask_ratio 0.75 --mask_grid 2 --epochs 25
     --val_data {OUT}/held_out --val_freq 250 {COMMON}
 """
 DISTILL = f"""
     distillation/main_distill.py --teacher_model {MODEL} --student_models {STUDENT} --mask_ratio 0
-    --epochs 6 {COMMON}
+    --epochs 8 {COMMON} --lr 4e-3 --warmup_epochs 1
 """
 TUNE = f"""
     --dataset folder --data_root {OUT}/labeled --encoder {MODEL} --head linear --train_blocks all
-    --layer_decay 1 --lr 1e-3 --encoder_lr 1e-3 --epochs 15 --eval_freq 15 --crop_size {SIZE}
+    --layer_decay 1 --lr 1e-3 --encoder_lr 1e-3 --epochs 12 --eval_freq 12 --crop_size {SIZE}
     --batch_size 8 --batches_per_step 1 --num_workers 1
 """
 MASKS = f"""
     evaluation/eval_semseg.py --nclass {len(CLASS_NAMES)} --class_names {" ".join(CLASS_NAMES)} {TUNE}
 """
-DEPTH = f"evaluation/eval_monodepth.py --max_depth 10 {TUNE}"
+DEPTH = f"evaluation/eval_monodepth.py --max_depth 10 {TUNE} --epochs 8 --eval_freq 8"
 UNTAUGHT = ("raw pixels", "position alone", "random encoder")
 Rows = dict[str, dict[str, list[float]]]  # features -> metric -> a value for each seed
 
@@ -88,11 +88,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, start in (("fine-tuned", f"{folder}/pretrain/encoder.pth"), ("scratch", "none")):
             run(f"{MASKS} --pretrained_ckp {start} --seed {seed} --output_dir {folder}/{name}")
 
-    first, photos = OUT / f"seed{options.seeds[0]}" / "pretrain", write_photos(4)
-    step("5. Fine-tune it for depth, too, and predict depth and masks of rooms that nothing has seen")
+    step("5. Fine-tune it for depth, too, and predict depth and masks of rooms never seen")
+    first, photos = OUT / f"seed{options.seeds[0]}" / "pretrain", write_photos(2 * SIZE)
     run(f"{DEPTH} --pretrained_ckp {first}/encoder.pth --output_dir {first.parent}/depth")
-    for name, head in (("depth", "depth"), ("masks", "fine-tuned")):
-        run(f"-m pixio predict {photos} --head {first.parent}/{head}/head.pth --output {OUT}/{name}")
+    whole = f"{write_photos(SIZE)} --mode whole"  # how far things are shows in their size: that of training
+    run(f"-m pixio predict {whole} --head {first.parent}/depth/head.pth --output {OUT}/depth")
+    run(f"-m pixio predict {photos} --head {first.parent}/fine-tuned/head.pth --output {OUT}/masks")
 
     step("6. Look at the run, at what it reconstructs, and at its features")
     checkpoint = first / "checkpoints" / (first / "checkpoints/latest").read_text().strip()
@@ -130,15 +131,15 @@ def run(command: str) -> None:
         raise SystemExit(f"the demo stopped: this command ended with status {code}")
 
 
-def write_photos(count: int) -> str:
+def write_photos(side: int, count: int = 4) -> str:
     """Save a few held-out scenes as PNG files; their names, for a command line."""
     from PIL import Image
 
-    names = []
+    folder = OUT / f"rooms{side}"
+    folder.mkdir(exist_ok=True)
     for i in range(count):
-        names.append(f"{OUT}/scene{i}.png")
-        Image.fromarray(render(TEST_SEEDS + i, 2 * SIZE).image).save(names[-1])
-    return " ".join(names)
+        Image.fromarray(render(TEST_SEEDS + i, side).image).save(folder / f"room{i}.png")
+    return " ".join(f"{folder}/room{i}.png" for i in range(count))
 
 
 def probe_all(seeds: list[int]) -> Rows:
@@ -150,9 +151,9 @@ def probe_all(seeds: list[int]) -> Rows:
         torch.manual_seed(seed)
         folder = OUT / f"seed{seed}"
         student = folder / f"distill/encoder_{STUDENT}.pth"
-        start = pixio.create_model(f"{MODEL}_{DECODER}")
+        start = pixio.create_model(MODEL)
         start.start_from_sincos()  # as the run does
-        views["random encoder"].append(patch_tokens(start.encoder))
+        views["random encoder"].append(patch_tokens(start))
         views["pre-trained encoder"].append(
             patch_tokens(pixio.from_pretrained(folder / "pretrain/encoder.pth"))
         )

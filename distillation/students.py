@@ -43,7 +43,8 @@ class Student(nn.Module):
     def __init__(self, encoder: PixioViT, teacher_dim: int):
         super().__init__()
         self.encoder = encoder
-        self.health = HealthWatch("the student")
+        # what all tokens of its teacher share is learned first, and for that time is all there is
+        self.health = HealthWatch("the student", patience=10)
         self.last_proj = nn.Sequential(
             nn.Linear(encoder.embed_dim, teacher_dim),
             nn.LayerNorm(teacher_dim),

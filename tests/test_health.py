@@ -43,3 +43,14 @@ def test_a_constant_direction_that_carries_everything_is_told_once(capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert "the student hardly tells patches apart" in line
     assert "lower --lr or --blr" in line
+
+
+def test_what_is_unhealthy_for_a_while_is_not_told_where_that_is_usual(capsys):
+    watch = HealthWatch("the student", patience=3)
+    healthy, unhealthy = draw(4, 9, 16), draw(4, 9, 16) + 100 * F.one_hot(torch.tensor(3), 16)
+    for tokens in (unhealthy, unhealthy, healthy, unhealthy, unhealthy):
+        watch.keep(tokens)
+        watch.measure()
+    assert capsys.readouterr().err == ""
+    watch.measure()
+    assert "the student hardly tells patches apart" in capsys.readouterr().err

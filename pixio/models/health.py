@@ -48,21 +48,23 @@ class HealthWatch:
     Args:
         name: of the model, in the warning.
         remedy: what to do about it.
+        patience: how many measures in a row are unhealthy when it warns.
     """
 
-    def __init__(self, name: str = "the encoder", remedy: str = LOWER_RATE):
-        self.name, self.remedy = name, remedy
+    def __init__(self, name: str = "the encoder", remedy: str = LOWER_RATE, patience: int = 1):
+        self.name, self.remedy, self.patience = name, remedy, patience
         self._tokens: Tensor | None = None
-        self._warned = False
+        self._unhealthy, self._warned = 0, False
 
     def keep(self, tokens: Tensor) -> None:
         """Remember tokens [B, V, D] in place of older ones; nothing is computed."""
         self._tokens = tokens
 
     def measure(self) -> dict[str, float]:
-        """The `token_health` of what was kept last; the first that is unhealthy is told on stderr."""
+        """The `token_health` of what was kept last; once, what is unhealthy is told on stderr."""
         health = token_health(self._tokens)
-        if health["variance"] < LEAST_VARIANCE and not self._warned:
+        self._unhealthy = self._unhealthy + 1 if health["variance"] < LEAST_VARIANCE else 0
+        if self._unhealthy >= self.patience and not self._warned:
             self._warned = True
             print(
                 f"warning: {self.name} hardly tells patches apart: after the final norm their variance is "
