@@ -1,0 +1,158 @@
+"""What an hour of pre-training gives: the rows of the demo, DPT heads by the published protocol, few labels.
+
+    export PYTHONPATH=.:pretraining:evaluation
+    python benchmarks/hour.py pretraining/runs/pixio_vitpico8_cpu                 # resumes
+    python benchmarks/hour.py pretraining/runs/pixio_vitpico8_cpu --update_docs   # also docs/hour.md
+
+For a finished run of `pretraining/scripts/pretrain_pixio_vitpico8_cpu.sh`, beside an encoder that starts as
+that did and learned nothing. All lies in `RUN/measured`.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+
+import pixio
+from benchmarks import few_labels
+from benchmarks.probes import TEST_SEEDS, TRAIN_SEEDS, load_split, patch_tokens, position, probe, raw_pixels
+from demo import Rows, markdown, run, write_photos
+from pixio.files import read_json, write_json, write_text
+from pixio.synthetic.scenes import CLASS_NAMES
+
+ENCODER, SIZE, PATCH = "pixio_vitpico8", 64, 8
+HEADS = {  # metric -> what trains the head whose results.json holds it
+    "abs_rel": "evaluation/eval_monodepth.py --max_depth 10",
+    "miou": f"evaluation/eval_semseg.py --nclass {len(CLASS_NAMES)} --class_names {' '.join(CLASS_NAMES)}",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("run", type=Path, help="output folder of the finished run")
+    parser.add_argument("--output", type=Path, help="folder of all results; RUN/measured when left out")
+    parser.add_argument("--probe_scenes", type=int, nargs=2, default=[600, 300], help="to fit, to measure")
+    parser.add_argument("--scenes", type=int, nargs=2, default=[400, 200], help="of the heads: train, test")
+    parser.add_argument("--epochs", type=int, default=10, help="of the heads")
+    parser.add_argument("--labels", type=int, nargs="+", default=[20, 80, 320, 800])
+    parser.add_argument("--seeds", type=int, default=3, help="of the fine-tuning from few labels")
+    parser.add_argument("--steps", type=int, default=600, help="of each fine-tuning")
+    parser.add_argument("--update_docs", action="store_true", help="docs/hour.md, assets/, pretraining/")
+    options = parser.parse_args()
+    options.output = options.output or options.run / "measured"
+    options.output.mkdir(parents=True, exist_ok=True)
+    encoder, untaught = options.run / "encoder.pth", options.output / "untaught.pth"
+    torch.manual_seed(0)
+    start = pixio.create_model(ENCODER)
+    start.start_from_sincos()  # as the run did
+    torch.save(start.state_dict(), untaught)
+
+    rows = probe_all(options, untaught, encoder)
+    heads = {
+        name: train_heads(options, name, file) for name, file in (("random", untaught), ("run", encoder))
+    }
+    print(probes := markdown(rows))
+    print(protocol := describe_heads(heads))
+    flags = {"output": options.output / "few_labels", "pretrained": encoder, "encoder": ENCODER}
+    flags |= {"seeds": options.seeds, "steps": options.steps, "lr": 1e-3}
+    words = [f"--{key}={value}" for key, value in flags.items()]
+    few_labels.main([*words, "--labels", *map(str, options.labels)])
+    draw(options, encoder)
+    if options.update_docs:
+        update_docs(options, probes, protocol)
+
+
+def probe_all(options: argparse.Namespace, untaught: Path, encoder: Path) -> Rows:
+    """The rows of the demo's table, computed once."""
+    done = options.output / "probes.json"
+    if not done.is_file():
+        train, test = (
+            load_split(first, count, SIZE, PATCH)
+            for first, count in zip((TRAIN_SEEDS, TEST_SEEDS), options.probe_scenes, strict=True)
+        )
+        views = {
+            "raw pixels": raw_pixels(PATCH),
+            "position alone": position(PATCH),
+            "random encoder": patch_tokens(pixio.from_pretrained(untaught)),
+            "pre-trained encoder": patch_tokens(pixio.from_pretrained(encoder)),
+        }
+        found = {name: probe(view, train, test) for name, view in views.items()}
+        write_json(done, {name: {m: [value] for m, value in row.items()} for name, row in found.items()})
+    return read_json(done)
+
+
+def train_heads(options: argparse.Namespace, name: str, file: Path) -> dict[str, float]:
+    """A DPT head for depth and one for masks on a frozen encoder: metric -> value of the last epoch."""
+    train, test = options.scenes
+    root = options.output / "labeled"
+    run(f"-m pixio scenes folder {root} --train {train} --val {test} --seed 3 --size {SIZE}")
+    found = {}
+    for metric, program in HEADS.items():
+        output = options.output / f"{name}_{metric}"
+        run(
+            f"{program} --dataset folder --data_root {root} --encoder {ENCODER} --pretrained_ckp {file}"
+            f" --head dpt --crop_size {SIZE} --batch_size 8 --batches_per_step 1 --epochs {options.epochs}"
+            f" --eval_freq {options.epochs} --lr 2e-4 --num_workers 0 --output_dir {output}"
+        )
+        found[metric] = read_json(output / "results.json")["last"][metric]
+    return found
+
+
+def describe_heads(heads: dict[str, dict[str, float]]) -> str:
+    """Markdown table of the DPT heads."""
+    lines = ["| frozen encoder, DPT head | depth, abs. rel. error | masks, mIoU |", "|---|---|---|"]
+    for name, title in (("random", "random encoder"), ("run", "pre-trained encoder")):
+        lines.append(f"| {title} | {heads[name]['abs_rel']:.3f} | {heads[name]['miou']:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(options: argparse.Namespace, encoder: Path) -> None:
+    """Curves, reconstructions and features of the run."""
+    photos = write_photos(2 * SIZE, folder=options.output)
+    latest = options.run / "checkpoints" / (options.run / "checkpoints/latest").read_text().strip()
+    run(f"-m pixio curves {options.run} --output {options.output}/curves.png")
+    run(
+        f"-m pixio reconstruct {photos} --checkpoint {latest} --mask_ratio 0.5"
+        f" --output {options.output}/reconstruction.png"
+    )
+    flags = f"--pretrained {encoder} --size {2 * SIZE} --smooth"
+    run(f"-m pixio pca {photos} {flags} --output {options.output}/pca.png")
+
+
+PAGE = """# An hour on a laptop
+
+`PYTHONPATH=.:pretraining:evaluation python benchmarks/hour.py RUN --update_docs` wrote this page from a run
+of `pretraining/scripts/pretrain_pixio_vitpico8_cpu.sh`, seed 0. Ridge probes of patches, as in the demo:
+
+{probes}
+DPT heads by `evaluation/`: {scenes[0]} rendered rooms of 64 pixels, {epochs} epochs, batch 8, lr 2e-4,
+measured on {scenes[1]} others:
+
+{protocol}
+All of the encoder fine-tuned from few labeled rooms, {steps} steps at lr 1e-3, {seeds} seeds, against the
+same from scratch:
+
+![mean IoU over the number of labels](../assets/hour_few_labels.png)
+
+![Half of each room is masked, and what the model predicts pasted in](../assets/hour_reconstruction.png)
+
+![Joint PCA of patch features](../assets/hour_pca.png)
+
+`pixio curves RUN --expect pretraining/expected_hour.json` compares a run of yours.
+"""
+
+
+def update_docs(options: argparse.Namespace, probes: str, protocol: str) -> None:
+    """docs/hour.md, its pictures, and the points of the curves."""
+    write_text("docs/hour.md", PAGE.format(**vars(options), probes=probes, protocol=protocol))
+    for name in ("few_labels/few_labels", "reconstruction", "pca"):
+        shutil.copy(options.output / f"{name}.png", f"assets/hour_{Path(name).name}.png")
+    run(
+        f"-m pixio curves {options.run} --output {options.output}/curves.png"
+        " --save_expected pretraining/expected_hour.json"
+    )
+
+
+if __name__ == "__main__":
+    main()
