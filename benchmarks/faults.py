@@ -1,14 +1,21 @@
 """A campaign of faults: nothing may be lost, executed or half written.
 
-    OMP_NUM_THREADS=1 PYTHONPATH=evaluation python benchmarks/faults.py hostile --inputs 10000
+    export OMP_NUM_THREADS=1 PYTHONPATH=evaluation:pretraining:distillation
+    python benchmarks/faults.py hostile --inputs 10000 --output runs/faults
+    python benchmarks/faults.py kills --kills 200 --output runs/faults
+    python benchmarks/faults.py load --scale 1 --output runs/faults
 
 `hostile` damages the files of every reader of foreign bytes. Each input must give a result or an exception
 that the reader documents, within SECONDS, with at most MEMORY more than before, execute nothing and write
-nothing outside of its folder. Prints a table and writes it, as JSON, into --output, beside the numbers of the
-inputs that failed (an input is a function of its number); begun again it goes on where it was.
+nothing outside of its folder. `kills` kills training runs at random points and begins them again (kills.py),
+and `load` reads large numbers of files (load.py).
+
+Each prints a table and writes it, as JSON, into --output, beside what failed; begun again it goes on where it
+was. The exit status is 1 where something was found.
 """
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -168,8 +175,9 @@ def watch_over(reader: Reader, name: str, start: int, stop: int, file: Path) -> 
     return {"seconds": time.perf_counter() - began, "slowest": slowest, "memory": memory}
 
 
-def hostile(output: Path, inputs: int, only: list[str]) -> None:
-    """Inputs of all readers, or of those named `only`; prints and writes a row for each."""
+def hostile(output: Path, inputs: int, only: list[str]) -> int:
+    """Inputs of all readers, or of those named `only`; prints and writes a row for each; returns findings."""
+    total = 0
     for name, reader in READERS.items():
         if only and name not in only:
             continue
@@ -189,6 +197,7 @@ def hostile(output: Path, inputs: int, only: list[str]) -> None:
                 kinds.setdefault(line["what"].partition(": ")[0], []).append(line["number"])
             row["kinds"] = {what: numbers[:3] for what, numbers in kinds.items()}
             write_json(file, row)
+        total += row["findings"]
         print(
             f"| {name} | {row['inputs']:,} | {row['findings']} | {row['slowest']:.2f} s | "
             f"{row['memory']:.0f} MB | "
@@ -196,21 +205,34 @@ def hostile(output: Path, inputs: int, only: list[str]) -> None:
             + "".join(f"\n    {what} {numbers}" for what, numbers in row["kinds"].items()),
             flush=True,
         )
+    return total
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=("hostile",))
-    parser.add_argument("--inputs", type=int, default=10_000, help="of each reader; a tenth for slow ones")
-    parser.add_argument("--only", nargs="*", default=[], choices=list(READERS), help="some readers")
-    parser.add_argument("--output", type=Path, default=Path("runs/faults"))
-    given = parser.parse_args()
-    given.output = given.output.resolve()
-    given.output.mkdir(parents=True, exist_ok=True)
+    parts = parser.add_subparsers(dest="part", required=True)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--output", type=Path, default=Path("runs/faults"))
+    options = parts.add_parser("hostile", parents=[shared])
+    options.add_argument("--inputs", type=int, default=10_000, help="of each reader; a tenth for slow ones")
+    options.add_argument("--only", nargs="*", default=[], choices=list(READERS), help="some readers")
+    options = parts.add_parser("kills", parents=[shared])
+    options.add_argument("--kills", type=int, default=200)
+    options.add_argument("--only", nargs="*", default=[], help="some faults")
+    options = parts.add_parser("load", parents=[shared])
+    options.add_argument("--scale", type=float, default=1.0, help="1: 1,000,000 names, 100,000 images")
+    options.add_argument("--untimed", action="store_true", help="judge no times: for small scales")
+    given = vars(parser.parse_args())
+    part, output = given.pop("part"), given.pop("output").resolve()
+    output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    hostile(given.output, given.inputs, given.only)
+    if part == "hostile":
+        found = hostile(output, **given)
+    else:
+        found = getattr(importlib.import_module(part), part)(output, **given)
+    raise SystemExit(min(found, 1))
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def distill(config: DistillConfig, runtime: Runtime) -> None:
 
     log = start_log(config, runtime, start)
     interval = Interval(config.save_steps, config.save_minutes)
-    agreement = Agreement(runtime, start, interval.late)
+    agreement = Agreement(runtime, start, lambda: interval.late() or checkpoints.failed())
     batches = Prefetch(loader, runtime, config.accum_iter, range(start, config.total_steps))
     try:
         for step in range(start, config.total_steps):

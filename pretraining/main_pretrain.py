@@ -150,7 +150,7 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
 
     log, health = start_log(config, runtime, start), HealthWatch()
     interval = Interval(config.save_steps, config.save_minutes)
-    agreement = Agreement(runtime, start, interval.late)
+    agreement = Agreement(runtime, start, lambda: interval.late() or checkpoints.failed())
     batches = Prefetch(loader, runtime, config.accum_iter, range(start, config.total_steps))
     model.train()
     try:

@@ -1,7 +1,10 @@
-"""Files that may be anybody's: a short campaign of benchmarks/faults.py, its attacks first."""
+"""Short campaigns of benchmarks/faults.py: files that may be anybody's, attacks first; kills; load."""
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import faults
 import pytest
@@ -58,3 +61,31 @@ def test_memory_that_was_refused_is_seen_behind_a_documented_error(tmp_path):
             raise ValueError("damaged") from None
 
     assert "too much memory" in faults.attempt(Reader(read, list), {}, tmp_path, faults.Watch(tmp_path))
+
+
+def campaign(output: Path, *flags: str) -> str:
+    """Run a part of the campaign; what it printed. It fails where something was found."""
+    command = [sys.executable, faults.__file__, *flags, "--output", output]
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    ran = subprocess.run(command, env=environ, capture_output=True, text=True, check=False, timeout=600)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+@pytest.mark.slow
+def test_killed_runs_lose_nothing_and_leave_nothing(tmp_path):
+    said = campaign(
+        tmp_path, "kills", "--kills", "4", "--only", "SIGKILL to one rank", "SIGUSR2", "disk full"
+    )
+    assert said.count("| 0 |") >= 3  # findings of each fault
+    rows = [json.loads(line) for line in (tmp_path / "kills.jsonl").read_text().splitlines()]
+    assert {row["fault"] for row in rows} == {"SIGKILL to one rank", "SIGUSR2", "disk full"}
+    assert {tuple(row["variant"]) for row in rows} == {("pretraining", 1, "ddp"), ("pretraining", 2, "ddp")}
+
+
+@pytest.mark.slow
+def test_thousands_of_files_are_all_read_and_features_survive_a_kill(tmp_path):
+    campaign(tmp_path, "load", "--scale", "0.004", "--untimed")
+    rows = json.loads((tmp_path / "load.json").read_text())["rows"]
+    assert rows["killed"]["findings"] == []
+    assert rows["names listed"]["sizes"] == [1000, 2000, 4000]

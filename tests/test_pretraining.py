@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from held_out import HeldOut
-from helpers import ALONE, echoing_programs, flags_of_script, interrupt_twice
+from helpers import ALONE, echoing_programs, flags_of_script, full_disk, interrupt_twice
 from PIL import Image
 
 import pixio
@@ -323,6 +323,13 @@ def test_a_report_that_cannot_be_written_does_not_end_training(trees, tmp_path, 
     run(*trees["folder"], "--output_dir", tmp_path)
     assert checkpoint_of(tmp_path)["step"] == 6
     assert "training continues without data_report.json" in capsys.readouterr().err
+
+
+def test_a_save_that_fails_beside_training_ends_the_run_before_the_next_is_due(trees, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", full_disk)
+    with pytest.raises(SystemExit, match=r"could not save step 3 .*No space left"):
+        run(*trees["folder"], "--save_steps", "3", "--epochs", "6", "--output_dir", tmp_path)
+    assert 3 <= log_of(tmp_path)[-1]["step"] < 6
 
 
 def test_a_configuration_that_cannot_be_written_ends_the_run_at_its_start(trees, tmp_path):

@@ -266,6 +266,10 @@ class Checkpoints:
         if wait:
             self.wait()
 
+    def failed(self) -> bool:
+        """Whether this rank knows of a save that failed; `wait` raises its error, as the next save does."""
+        return self._pending is not None and self._pending.done() and self._pending.result() is not None
+
     def wait(self) -> None:
         """Wait until the last save is complete.
 
@@ -338,10 +342,8 @@ class Checkpoints:
     def _publish(self, temporary: Path, step: int) -> None:
         """Rename a complete checkpoint, let `latest` name it, and remove those that need not be kept."""
         path = self.folder / f"step_{step:08d}"
-        for attempt in itertools.count(
-            1
-        ):  # the run was rolled back: what `latest` names stays until we are done
-            if not path.exists():
+        for attempt in itertools.count(1):
+            if not path.exists():  # else the run was rolled back: what `latest` names stays until we are done
                 break
             path = self.folder / f"step_{step:08d}-{attempt}"
         os.replace(temporary, path)
