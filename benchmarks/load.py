@@ -109,7 +109,7 @@ def features(root: Path, output: Path) -> int:
 
 
 def in_child(work: Callable[[], int]) -> Any:
-    """Start `work` in a process; its result, seconds and MB come through `found`."""
+    """Start `work` in a process; its result, seconds of CPU time and MB come through `found`."""
     context = multiprocessing.get_context("fork")
     found = context.Array("d", 3, lock=False)
 
@@ -118,10 +118,10 @@ def in_child(work: Callable[[], int]) -> Any:
         with open(os.devnull, "w") as quiet:
             os.dup2(quiet.fileno(), 1)
             os.dup2(quiet.fileno(), 2)
-        base, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+        base, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
         number = work()
         memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024
-        found[:] = [number, time.perf_counter() - began, memory]
+        found[:] = [number, time.process_time() - began, memory]
 
     child = context.Process(target=run)
     child.found = found  # type: ignore[attr-defined]
@@ -130,7 +130,7 @@ def in_child(work: Callable[[], int]) -> Any:
 
 
 def measured(work: Callable[[], int]) -> tuple[int, float, float]:
-    """Result, seconds and MB of `work`."""
+    """Result, seconds of CPU time, which other programs do not change, and MB of `work`."""
     child = in_child(work)
     child.join()
     if child.exitcode:
@@ -228,7 +228,7 @@ def judge(what: str, found: list[tuple[int, float, float]], untimed: bool) -> di
 
 def table(rows: list[dict[str, Any]]) -> int:
     """Print a row for each measurement; returns the number of findings."""
-    print("| what | sizes | seconds | exponent | MB | findings |\n|---|---|---|---|---|---|")
+    print("| what | sizes | CPU seconds | exponent | MB | findings |\n|---|---|---|---|---|---|")
     for row in rows:
         numbers = [", ".join(f"{value:,.4g}" for value in row[key]) for key in ("seconds", "memory")]
         sizes = ", ".join(f"{size:,}" for size in row["sizes"])

@@ -133,9 +133,9 @@ def find_images(sources: Sequence[str], chunk: int = FOLDER_CHUNK) -> list[Shard
         found = [source] if Path(source).exists() else _match(source)
         if not found:
             raise FileNotFoundError(f"no file or folder {Path(source).absolute()}")
-        inside = [file for path in map(Path, found) for file in _files(path)]
-        images = [str(file) for file in inside if file.suffix.lower() in IMAGE_SUFFIXES]
-        archives = [str(file) for file in inside if file.suffix.lower() == ".tar"]
+        inside = [file for path in found for file in _files(str(Path(path)))]
+        images = [file for file in inside if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES]
+        archives = [file for file in inside if os.path.splitext(file)[1].lower() == ".tar"]
         if not images and not archives:
             place = Path(source).absolute()
             raise FileNotFoundError(f"no image ({', '.join(IMAGE_SUFFIXES)}) and no .tar in {place}")
@@ -152,11 +152,14 @@ def _match(pattern: str) -> list[str]:
     )
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: str) -> list[str]:
     """A file itself, or those in and below a folder, sorted; folders may be called as images are."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return [path]
-    return sorted(Path(path, name) for name in list_files(path, (*IMAGE_SUFFIXES, ".tar")))
+    names = list_files(path, (*IMAGE_SUFFIXES, ".tar"))
+    names.sort(key=lambda name: name.replace(os.sep, "\0"))  # folder by folder, as paths are sorted
+    prefix = "" if path == os.curdir else os.path.join(path, "")
+    return [prefix + name for name in names]
 
 
 def folder_shards(name: str, root: str, files: Sequence[str], chunk: int) -> list[Shard]:
