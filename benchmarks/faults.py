@@ -22,9 +22,11 @@ import os
 import re
 import resource
 import signal
+import subprocess
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -175,19 +177,37 @@ def watch_over(reader: Reader, name: str, start: int, stop: int, file: Path) -> 
     return {"seconds": time.perf_counter() - began, "slowest": slowest, "memory": memory}
 
 
-def hostile(output: Path, inputs: int, only: list[str]) -> int:
+def guide(name: str, start: int, stop: int, file: Path) -> dict[str, float]:
+    """As `watch_over`, by a fuzzer that looks for inputs which reach new code; see guided.py."""
+    began, script = time.perf_counter(), Path(__file__).with_name("guided.py")
+    folder = file.with_suffix(".corpus")
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, script, name, str(stop - start), folder, file]
+    ended = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    if ended.returncode:  # it names the input that it died of, and has left it in `folder`
+        if "No module named 'atheris'" in ended.stderr:
+            raise SystemExit("--guided needs atheris: pip install atheris")
+        with open(file, "a") as findings:
+            what = f"the process died ({ended.returncode}): {ended.stderr.strip()[-300:]}"
+            findings.write(json.dumps({"number": start, "what": what}) + "\n")
+    measured = folder / "measured.json"
+    found = read_json(measured) if measured.exists() else {"slowest": SECONDS, "memory": 0.0}
+    return {"seconds": time.perf_counter() - began, **found}
+
+
+def hostile(output: Path, inputs: int, only: list[str], guided: bool = False) -> int:
     """Inputs of all readers, or of those named `only`; prints and writes a row for each; returns findings."""
     total = 0
     for name, reader in READERS.items():
         if only and name not in only:
             continue
-        file = output / f"{name.replace(' ', '_')}.json"
+        file = output / f"{name.replace(' ', '_')}{'_guided' if guided else ''}.json"
         findings = file.with_suffix(".findings")
         row = read_json(file) if file.exists() else {"reader": name, "inputs": 0, "seconds": 0.0}
         wanted = -(-inputs // 10) if reader.slow else inputs
         while row["inputs"] < wanted:
             stop = min(row["inputs"] + 5_000, wanted)
-            ran = watch_over(reader, name, row["inputs"], stop, findings)
+            ran = (guide if guided else partial(watch_over, reader))(name, row["inputs"], stop, findings)
             row |= {"inputs": stop, "seconds": row["seconds"] + ran.pop("seconds")}
             row |= {key: max(row.get(key, 0.0), value) for key, value in ran.items()}
             lines = findings.read_text().splitlines() if findings.exists() else []
@@ -218,6 +238,7 @@ def main() -> None:
     options = parts.add_parser("hostile", parents=[shared])
     options.add_argument("--inputs", type=int, default=10_000, help="of each reader; a tenth for slow ones")
     options.add_argument("--only", nargs="*", default=[], choices=list(READERS), help="some readers")
+    options.add_argument("--guided", action="store_true", help="look for new code with atheris, if installed")
     options = parts.add_parser("kills", parents=[shared])
     options.add_argument("--kills", type=int, default=200)
     options.add_argument("--only", nargs="*", default=[], help="some faults")
