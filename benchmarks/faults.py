@@ -4,11 +4,12 @@
     python benchmarks/faults.py hostile --inputs 10000 --output runs/faults
     python benchmarks/faults.py kills --kills 200 --output runs/faults
     python benchmarks/faults.py load --scale 1 --output runs/faults
+    PYTHONPATH=$PYTHONPATH:tests python benchmarks/faults.py cluster --events 50 --output runs/faults
 
 `hostile` damages the files of every reader of foreign bytes. Each input must give a result or an exception
 that the reader documents, within SECONDS, with at most MEMORY more than before, execute nothing and write
 nothing outside of its folder. `kills` kills training runs at random points and begins them again (kills.py),
-and `load` reads large numbers of files (load.py).
+`load` reads large numbers of files (load.py), and `cluster` disturbs jobs on a SLURM of its own (cluster.py).
 
 Each prints a table and writes it, as JSON, into --output, beside what failed; begun again it goes on where it
 was. The exit status is 1 where something was found.
@@ -245,6 +246,8 @@ def main() -> None:
     options = parts.add_parser("load", parents=[shared])
     options.add_argument("--scale", type=float, default=1.0, help="1: 1,000,000 names, 100,000 images")
     options.add_argument("--untimed", action="store_true", help="judge no times: for small scales")
+    options = parts.add_parser("cluster", parents=[shared])
+    options.add_argument("--events", type=int, default=50, help="disturbances, in rounds of ten")
     given = vars(parser.parse_args())
     part, output = given.pop("part"), given.pop("output").resolve()
     output.mkdir(parents=True, exist_ok=True)

@@ -341,11 +341,9 @@ class Checkpoints:
 
     def _publish(self, temporary: Path, step: int) -> None:
         """Rename a complete checkpoint, let `latest` name it, and remove those that need not be kept."""
-        path = self.folder / f"step_{step:08d}"
-        for attempt in itertools.count(1):
-            if not path.exists():  # else the run was rolled back: what `latest` names stays until we are done
-                break
-            path = self.folder / f"step_{step:08d}-{attempt}"
+        path, attempts = self.folder / f"step_{step:08d}", itertools.count(1)
+        while path.exists():  # the run was rolled back: what `latest` names stays until we are done
+            path = self.folder / f"step_{step:08d}-{next(attempts)}"
         os.replace(temporary, path)
         fsync(self.folder)  # before it is published
         write_text(self.folder / _POINTER, f"{path.name}\n")
@@ -376,9 +374,8 @@ class Checkpoints:
         Raises:
             ValueError: it is missing or damaged; nothing older is loaded instead, the message says how to.
         """
-        name = self.runtime.gather(
-            self.runtime.agree(lambda: self._newest() if self.runtime.is_main else None)
-        )[0]
+        newest = self.runtime.agree(lambda: self._newest() if self.runtime.is_main else None)
+        name = self.runtime.gather(newest)[0]
         if name is None:
             return None
         pointer = self.folder.absolute() / _POINTER
