@@ -4,8 +4,9 @@
 of the repository for itself and one shell that starts at its root, as does a `cd` into one of the trees.
 What pages name (photo.jpg, photos/, tars, weight files, a trained head) lies there, rendered or tiny and
 random. `BINDINGS` replaces what must be another word here, `SHORTER` cuts long runs by flags behind the
-command, and `NOT_RUN` says what is left out, and why. `tests/test_docs.py` checks in seconds that every
-command is known and that its flags exist.
+command, and `NOT_RUN` says what is left out, and why. A page with commands takes one to two minutes of CPU
+time (README 91 s, data.md 80 s), evaluation.md with its eleven runs more. `tests/test_docs.py` checks in
+seconds that every command is known and that its flags exist.
 """
 
 import os

@@ -393,7 +393,7 @@ def test_flags_of_old_launchers_are_accepted(trees, tmp_path, monkeypatch):
     )
     flags = ["--local-rank=0", "--port", "29511", "--epochs", "1", "--panels", "0"]
     eval_monodepth.main(depth(trees, tmp_path, *flags))
-    assert asked == {"local_rank": 0, "port": 29511}
+    assert asked == {"local_rank": 0, "port": 29511, "deterministic": False}
 
 
 def test_counts_are_a_warning_or_an_error(trees, tmp_path, capsys):
