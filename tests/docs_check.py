@@ -76,6 +76,7 @@ SHORTER = {  # pattern -> flags put behind; the first that fits
     r"scripts/distill_\S*onegpu\.sh|main_distill\.py": (
         f"{TRAIN} --teacher_model {ENCODER} --student_models {ENCODER}"
     ),
+    r"vitpico8_cpu\.sh$": f"--data_path tars {TRAIN} --model {MAE}",  # else it renders 20,000 scenes first
     r"scripts/pretrain_\S*(cpu|onegpu)\.sh|main_pretrain\.py (?!--help)": f"{TRAIN} --model {MAE}",
     r"launch_(monodepth|semseg)\.sh|eval_(monodepth|semseg)\.py": f"{DENSE} {SMALL}",
     r"launch_knn\.sh|eval_knn\.py": f"{KNN} {SMALL}",
