@@ -34,6 +34,10 @@ from pixio.features import knn
 from pixio.images import normalization
 from pixio.images.normalization import normalize
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch._C, "_ensureCUDADeviceGuardSet") and not torch.cuda.is_available(),
+    reason="torch 2.8 asks the driver for the device of a fake tensor",
+)
 CUDA = torch.device("cuda", 0)
 RUNTIME = Runtime(CUDA, torch.bfloat16)
 STEPS = 3
@@ -68,7 +72,7 @@ class Waits(TorchDispatchMode):
 def backward(loss: Tensor) -> None:
     """Stands for `Tensor.backward`, whose engine does not run without a device: calls each node in turn.
 
-    As there, gradients of one node are added, and take the shape and the type of what they are gradients of.
+    As there, gradients take the shape and the type of what they are gradients of, and are then added.
     """
     waiting: Counter = Counter()  # for the gradients of how many nodes each waits
     nodes, seen = [loss.grad_fn], {loss.grad_fn}
@@ -83,10 +87,6 @@ def backward(loss: Tensor) -> None:
         node = ready.pop()
         given = gradients.pop(node, {})
         inputs = [given.get(i) for i in range(len(node._input_metadata))]
-        for i, meta in enumerate(node._input_metadata):
-            if inputs[i] is not None:
-                inputs[i] = inputs[i].sum_to_size(meta.shape).to(meta.dtype)
-                assert inputs[i].device == meta.device
         if hasattr(node, "variable"):
             grad = node.variable.grad
             node.variable.grad = inputs[0] if grad is None else grad + inputs[0]
@@ -97,7 +97,9 @@ def backward(loss: Tensor) -> None:
             if follower is None:
                 continue
             if gradient is not None:
-                sums = gradients.setdefault(follower, {})
+                meta, sums = follower._input_metadata[i], gradients.setdefault(follower, {})
+                assert gradient.device == meta.device
+                gradient = gradient.sum_to_size(meta.shape).to(meta.dtype)
                 sums[i] = sums[i] + gradient if i in sums else gradient
             waiting[follower] -= 1
             if not waiting[follower]:
