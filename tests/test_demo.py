@@ -8,7 +8,8 @@ from sklearn.metrics import jaccard_score, r2_score
 from sklearn.preprocessing import StandardScaler
 
 import demo
-from benchmarks import probes
+from benchmarks import few_labels, hour, probes
+from pixio.engine.config import parse
 
 
 def test_probe_metrics_equal_scikit_learn():
@@ -54,3 +55,33 @@ def test_the_verdict_states_margin_and_spread_and_goes_between_the_marks(tmp_pat
     assert page.read_text() == f"before\n<!-- demo -->\n{verdict}\n<!-- /demo -->\nafter\n"
     with pytest.raises(SystemExit, match="no section <!-- other -->"):
         demo.replace_section(page, "other", verdict)
+
+
+def test_the_page_of_the_hour_is_written_from_what_was_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("docs", "assets", "run/checkpoints", "run/measured/few_labels"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "run/checkpoints/latest").write_text("step_00000001\n")
+    for picture in ("few_labels/few_labels", "reconstruction", "pca"):
+        (tmp_path / f"run/measured/{picture}.png").write_bytes(b"")
+    commands, labels = [], []
+    monkeypatch.setattr(hour, "run", commands.append)
+    monkeypatch.setattr(
+        few_labels, "main", lambda words: labels.append(parse(few_labels.BenchmarkConfig, words))
+    )
+    monkeypatch.setattr(hour, "probe_all", lambda *_: {"raw pixels": {"mIoU": [7.04], "depth R2": [0.02]}})
+    results = {"last": {"abs_rel": 0.25, "miou": 31.26}}
+    monkeypatch.setattr(hour, "read_json", lambda path: results)
+    monkeypatch.setattr("sys.argv", ["hour.py", "run", "--update_docs", "--labels", "2", "4"])
+    hour.main()
+    page = (tmp_path / "docs/hour.md").read_text()
+    assert "| raw pixels | 7.0 | 0.020 |" in page
+    assert "| pre-trained encoder | 0.250 | 31.3 |" in page
+    assert {path.name for path in (tmp_path / "assets").iterdir()} == {
+        "hour_few_labels.png",
+        "hour_reconstruction.png",
+        "hour_pca.png",
+    }
+    assert labels[0].labels == (2, 4)
+    assert labels[0].pretrained == "run/encoder.pth"
+    assert sum("--head dpt" in command for command in commands) == 4
