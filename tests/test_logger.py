@@ -95,8 +95,9 @@ def test_progress_in_a_file_is_a_bounded_number_of_readable_lines(tmp_path, caps
     log.close()
     printed = capsys.readouterr().out.splitlines()
     assert 10 < len(printed) < 40
-    assert printed[0] == "step 1/100: loss 0.5, lr 0.0001"
-    assert printed[1].endswith("left")
+    assert printed[0] == f"100 steps, in {tmp_path}; Ctrl-C saves, the same command resumes"
+    assert printed[1] == "step 1/100: loss 0.5, lr 0.0001"
+    assert printed[2].endswith("left")
     assert printed[-1].startswith("step 100/100: ")
 
 
@@ -107,7 +108,7 @@ def test_progress_on_a_terminal_is_a_bar(tmp_path, capsys, monkeypatch):
     log.step(4, images=4, loss=0.25)
     log.close()
     captured = capsys.readouterr()
-    assert captured.out == ""
+    assert captured.out.startswith("resumed after step 2 of 4, in ")
     assert "4/4" in captured.err
     assert "loss 0.25" in captured.err
 

@@ -195,12 +195,19 @@ def test_sparse_members_are_read(tmp_path, format):
     assert found == {name: (tmp_path / name).read_bytes() for name in ("0.jpg", "1.jpg")}
 
 
+def test_a_folder_says_how_many_images_it_holds_in_all(tmp_path):
+    for i in range(300):
+        (tmp_path / f"{i}.{'JPG' if i % 3 else 'png'}").touch()
+    stream = open_stream("folder", str(tmp_path), size=4, batch_size=4)
+    assert stream.describe() == "training set: 300 images (200 .jpg, 100 .png)"
+
+
 def test_suffix_chooses_images_among_their_companions_and_the_count_says_so(tmp_path):
     write_tar(tmp_path / "x.tar", {f"{i}{end}": png(i) for i in range(3) for end in (".png", ".seg.png")})
     every = open_stream("webdataset", str(tmp_path), size=4, batch_size=4)
-    assert every.describe() == "training set: 1 shards; the first holds 6 images (3 .png, 3 .seg.png)"
+    assert every.describe() == "training set: 1 tar; the first holds 6 images (3 .png, 3 .seg.png)"
     chosen = open_stream("webdataset", str(tmp_path), size=4, batch_size=4, image_suffix=".SEG.png")
-    assert chosen.describe() == "training set: 1 shards; the first holds 3 images (3 .seg.png)"
+    assert chosen.describe() == "training set: 1 tar; the first holds 3 images (3 .seg.png)"
 
 
 @pytest.mark.parametrize(

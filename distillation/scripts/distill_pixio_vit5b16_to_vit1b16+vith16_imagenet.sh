@@ -24,7 +24,7 @@ python submitit_distill.py \
     --student_models pixio_vit1b16 pixio_vith16 --drop_path 0.4 \
     --mask_ratio 0.5 --mask_grid 4 \
     --loss_fn_cls cosine --loss_fn_patch cosine --loss_fuse avg \
-    --dataset_type imagenet --data_path "${IMAGENET_TARS:?set it to the folder with the *train*.tar files}" \
+    --dataset_type imagenet --data_path "${IMAGENET_TARS-}" \
     --input_size 256 --crop_scale_min 0.2 --num_workers 6 \
     --batch_size 64 --lr 1e-3 --weight_decay 0.05 \
     --epochs 400 --iter_per_epoch 1605 --warmup_epochs 40 --save_freq 20 \

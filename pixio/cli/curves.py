@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from pixio.files import read_json, write_json
 from pixio.images.figures import figure, open_axes
@@ -77,12 +77,15 @@ def _plot_health(axes: Sequence[Axes], runs: Sequence[tuple[str, Series]], point
                     teacher = name.startswith("teacher/")
                     style = {"linestyle": ":", "color": "gray"} if teacher else {"color": f"C{number}"}
                     _plot(axis, series, name, **style)
+        first = runs[0][1]
+        axis.axvline(first["step"][np.nanargmax(first["lr"])], color="0.7", linewidth=1, zorder=0)  # warm-up
         axis.set(xlabel="step", ylabel=label)
         _dots(axis, points, f"health/{quantity}")
     variance, mean_square, rank = axes
     variance.axhspan(0, LEAST_VARIANCE, color="C3", alpha=0.15, linewidth=0)
     variance.set(ylim=(0, 1))
     mean_square.set(yscale="log")
+    mean_square.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7), numticks=8))
     mean_square.yaxis.set_major_formatter("{x:g}")
     mean_square.yaxis.set_minor_formatter(NullFormatter())
     rank.set(ylim=(0, None))

@@ -161,7 +161,7 @@ class Curves:
         from pixio.cli import curves
 
         curves.save_curves(self.logs, self.output, self.expect)
-        print(f"{len(self.logs)} runs -> {self.output}")
+        print(f"{len(self.logs)} run{'s' * (len(self.logs) > 1)} -> {self.output}")
         if self.save_expected:
             curves.save_expected(self.logs[0], self.save_expected)
             print(f"{self.logs[0]} -> {self.save_expected}")

@@ -200,8 +200,12 @@ def _folder(data_path: str | None) -> Path:
         raise FileNotFoundError(
             f"data_path {os.path.abspath(data_path)} is neither a folder nor a plain .tar{hint}"
         )
-    if not data_path or not os.path.isdir(data_path):
-        place = os.path.abspath(data_path) if data_path else repr(data_path)
+    if not data_path:
+        raise FileNotFoundError(
+            "no training images: give their folder by --data_path (scripts: IMAGENET_TARS)"
+        )
+    if not os.path.isdir(data_path):
+        place = os.path.abspath(data_path)
         raise FileNotFoundError(f"data_path {place} is not a folder; it must hold the training images")
     return Path(data_path)
 

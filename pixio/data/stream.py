@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,7 @@ from pixio.data.curation import Curation
 from pixio.data.randomness import generator
 from pixio.data.read_statistics import ReadStatistics
 from pixio.data.sampling import Group, Position, Sampler
-from pixio.data.shards import OpenShard, SceneShard, Shard, TarShard, find_shards, is_url
+from pixio.data.shards import FolderShard, OpenShard, SceneShard, Shard, TarShard, find_shards, is_url
 from pixio.data.tar_index import Entry
 from pixio.data.worker_status import WorkerStatus
 from pixio.images import jpeg
@@ -81,18 +82,21 @@ class Stream:
         return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
 
     def describe(self) -> str:
-        """A line on what is read: the endings of the names in the first shard, counted."""
-        first, line = self.shards[0], f"training set: {len(self.shards):,} shards"
-        if isinstance(first, SceneShard) or (isinstance(first, TarShard) and is_url(first.location)):
+        """A line on what is read: the images of a folder, or of the first tar, counted by their endings."""
+        first = self.shards[0]
+        if isinstance(first, SceneShard):
+            return "training set: rendered scenes, new ones in every epoch"
+        if isinstance(first, FolderShard):
+            files = [s.files.split("\0") for s in self.shards if isinstance(s, FolderShard)]
+            return f"training set: {_count(list(chain(*files)))}"
+        line = f"training set: {len(self.shards):,} tar{'s' * (len(self.shards) > 1)}"
+        if isinstance(first, TarShard) and is_url(first.location):
             return line
         try:
             with first.open(0) as source:
-                names = [os.path.basename(entry.key) for entry in source.entries]
+                return f"{line}; the first holds {_count([entry.key for entry in source.entries])}"
         except (DamagedDataError, OSError) as error:
             return f"{line}; the first, {first.name}, cannot be read: {error}"
-        endings = Counter(name[name.find(".") :].lower() for name in names)
-        counts = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common(4))
-        return f"{line}; the first holds {len(names):,} images ({counts})"
 
     def named_as_in(self, identity: dict[str, Any]) -> "Stream":
         """This stream with the names that its shards have in `identity`, if they are the same shards.
@@ -104,6 +108,14 @@ class Stream:
             if shards and (renamed := replace(self, shards=shards)).identity() == identity:
                 return renamed
         return self
+
+
+def _count(names: Sequence[str]) -> str:
+    """How many images of which endings."""
+    names = [os.path.basename(name) for name in names]
+    endings = Counter(name[name.find(".") :].lower() for name in names)
+    counts = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common(4))
+    return f"{len(names):,} images ({counts})"
 
 
 def open_stream(

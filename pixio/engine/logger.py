@@ -65,6 +65,8 @@ class Log:
             return
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        begin = f"resumed after step {start_step} of {total_steps}" if start_step else f"{total_steps} steps"
+        print(f"{begin}, in {folder.absolute()}; Ctrl-C saves, the same command resumes", flush=True)
         self._lines = _Lines(folder / "log.jsonl", start_step)
         self._progress = _Progress(total_steps, start_step)
         self._sinks: dict[str, Callable[[int, dict[str, Any]], object]] = {

@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -20,6 +21,7 @@ def program(name: str, extra: str, failures: tuple[type[Exception], ...] = ()) -
         failures: exceptions, beside the common ones, whose message is all a user needs.
     """
     expected: tuple[type[Exception], ...] = (ValueError, OSError, ImportError, *failures)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # no line of ours
     with lasting_output():
         try:
             yield

@@ -20,7 +20,7 @@ python submitit_pretrain.py \
     --nodes 16 --ngpus 8 --timeout 10080 --mem_gb 1600 \
     --model pixio_vith16_enc1280x32h16_dec512x32h16 --n_cls_tokens 8 --drop_path 0.4 \
     --norm_pix_loss --mask_ratio 0.75 --mask_grid 4 \
-    --dataset_type imagenet --data_path "${IMAGENET_TARS:?set it to the folder with the *train*.tar files}" \
+    --dataset_type imagenet --data_path "${IMAGENET_TARS-}" \
     --input_size 256 --crop_scale_min 0.2 --num_workers 6 \
     --batch_size 64 --blr 2.5e-5 --weight_decay 0.05 \
     --epochs 400 --iters_per_epoch 1605 --warmup_epochs 40 --save_freq 20 \
