@@ -17,7 +17,7 @@ class EvaluationConfig:
 
     config: str | None = option(None, "YAML file with any of these; the command line wins")
     pretrained_ckp: str | None = option(
-        None, "weight file of the encoder; none: random weights, or those in the folder"
+        None, "weight file of the encoder; none: random weights, or those in the folder", ("pretrained",)
     )
     output_dir: str | None = option(None, "output folder; by default one in runs/, named after the run")
     device: str = option("auto", "auto, cpu, mps or a GPU")

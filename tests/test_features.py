@@ -29,6 +29,7 @@ from pixio.features import (
     TokenFeatures,
     extraction,
     find_images,
+    read_features,
     write_file,
     write_folder,
 )
@@ -156,6 +157,30 @@ def test_npy_and_its_index_hold_what_safetensors_hold(folder, encoder, tmp_path)
             assert array.dtype == np.float16
             np.testing.assert_array_equal(array[line["row"]], stored[f"{line['image']}/{name}"])
     assert [line["size"] for line in lines if line["image"].endswith("1.png")] == [[64, 40]]
+
+
+@pytest.mark.parametrize("target", ["f.npz", "f.safetensors", "safetensors", "npy"])
+def test_features_are_read_back_by_image(folder, encoder, tmp_path, target):
+    shards, run = find_images([str(folder)]), extractor(encoder)
+    if "." in target:
+        write_file(tmp_path / target, run, shards)
+    else:
+        write_folder(tmp_path / target, run, shards, target, per_file=2)
+    found = read_features(tmp_path / target)
+    assert list(found) == [f"{folder}/{i}.png" for i in range(4)] + [f"{folder}/inner/4.png"]
+    for path, embedding in found.items():
+        with torch.inference_mode():
+            tokens = encoder(pixio.transform(32)(path))[-1]["cls_tokens_norm"][0]
+        torch.testing.assert_close(embedding, tokens.mean(0))
+    with pytest.raises(ValueError, match="holds no cls_tokens"):
+        read_features(tmp_path / target, "cls_tokens")
+
+
+def test_progress_counts_every_batch(folder, encoder):
+    shards, seen = find_images([str(folder)]), []
+    parts = extraction.index_shards(shards, 256).parts
+    assert len(list(extractor(encoder, batch_size=2).run(shards, parts, seen.append))) == 1
+    assert seen == [2, 2, 1]
 
 
 def test_a_tar_gives_the_features_of_its_files_and_worker_processes_change_nothing(folder, encoder, tmp_path):

@@ -236,7 +236,7 @@ def test_a_stopped_run_resumes_and_another_setting_is_refused(runs, tmp_path, mo
             predict(runs, photo(runs).parent, output=tmp_path)
         assert stopped.value.code == 130
     predict(runs, photo(runs).parent, output=tmp_path)
-    assert "1 photographs -> " in (said := capsys.readouterr().out)
+    assert "1 photograph -> " in (said := capsys.readouterr().out)
     assert ", and 1 from before" in said
     with pytest.raises(SystemExit) as stopped:
         predict(runs, photo(runs).parent, output=tmp_path, flags="--mode whole")

@@ -19,8 +19,9 @@ class Features(EncoderOptions):
       embedding     mean class token [D], the recommended global embedding
       cls_tokens    all class tokens [C, D]
       mean_patch    mean patch token [D]
-    With --blocks, blocks are the first axis. Unreadable images are skipped and listed in the folder's
-    index.jsonl, and the exit status is then 3.
+    With --blocks, blocks are the first axis. In a folder, unreadable images are skipped and listed in
+    index.jsonl, and the exit status is then 3; one file holds all images or is not written.
+    `pixio.features.read_features` reads either.
     """
 
     example = "photos/ --pretrained pixio_vith16.pth --output features --workers 8"
@@ -29,7 +30,7 @@ class Features(EncoderOptions):
     )
     output: Path = option(
         Path("features.npz"),
-        ".npz or .safetensors: one file, for a few images; else a folder, where a stopped run resumes",
+        ".npz or .safetensors: one file, of what fits in memory; else a folder, where a stopped run resumes",
     )
     arrays: tuple[str, ...] = option(
         ("patch_tokens", "embedding"),

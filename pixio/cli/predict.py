@@ -97,7 +97,8 @@ class Predict:
             made, before = (sum(each[i] for each in done) for i in (0, 1))
             errors = [error for each in done for error in each[2]]
             if runtime.is_main:
-                print(f"{made} photographs -> {self.output}{f', and {before} from before' if before else ''}")
+                earlier = f", and {before} from before" if before else ""
+                print(f"{made} photograph{'s' * (made != 1)} -> {self.output}{earlier}")
                 if errors:
                     print(f"{len(errors)} cannot be read, first {errors[0]}", file=sys.stderr)
             if errors:

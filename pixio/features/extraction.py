@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -295,9 +295,17 @@ class FeatureExtractor:
         self.batch_size, self.workers = batch_size, workers
 
     def run(
-        self, shards: Sequence[Shard], parts: Sequence[ShardRange]
+        self,
+        shards: Sequence[Shard],
+        parts: Sequence[ShardRange],
+        progress: Callable[[int], object] = lambda images: None,
     ) -> Iterator[tuple[list[ImageRecord], dict[int, Arrays]]]:
         """For each part its images, and by their place in it the arrays of those that could be read.
+
+        Args:
+            shards: the images.
+            parts: of the shards, in this order.
+            progress: is told the number of images of every batch that is done.
 
         Raises:
             ValueError: features that are not finite; the message names the image.
@@ -327,6 +335,7 @@ class FeatureExtractor:
                     arrays |= self._encode(numbers[:whole], pixels[:whole])
                     if numbers[whole:]:
                         waiting[pixels.shape[1:]] = numbers[whole:], pixels[whole:]
+                progress(len(piece.images))
             for numbers, pixels in waiting.values():
                 arrays |= self._encode(numbers, pixels)
             arrays = {number - part.start: found for number, found in sorted(arrays.items())}

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import sys
+import zipfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -62,10 +63,9 @@ def write_file(path: Path, extractor: FeatureExtractor, shards: Sequence[Shard])
     features: dict[str, Tensor] = {}
     parts, damaged, _ = index_shards(shards, FOLDER_CHUNK)
     with _progress(parts) as bar:
-        for images, arrays in extractor.run(shards, parts):
+        for images, arrays in extractor.run(shards, parts, bar.update):
             _refuse_unreadable(images)
             _add_named(features, images, arrays)
-            bar.update(len(images))
     if path.suffix == ".npz":
         content = {name: array.numpy() for name, array in features.items()}
         write_atomic(path, lambda file: np.savez(file, **content))
@@ -128,6 +128,69 @@ def write_folder(
     return done._replace(errors=damaged + done.errors)
 
 
+def read_features(path: str | Path, array: str = "embedding") -> dict[str, Tensor]:
+    """One array of every image in a file or folder of `pixio features`.
+
+    `torch.stack(list(read_features("features.npz").values()))` is a matrix of embeddings [N, D].
+
+    Args:
+        path: what `write_file` or `write_folder` has written.
+        array: which one, such as "embedding" [D] or "patch_tokens" [h, w, D].
+
+    Returns:
+        Name of the image -> its array, in the order of the images.
+
+    Raises:
+        FileNotFoundError: no such file or folder, or one that is not complete.
+        ValueError: without this array, or damaged.
+    """
+    path = Path(path)
+    try:
+        if not path.is_dir():
+            return _pick(_read_named(path), array, path)
+        lines = (path / INDEX).read_text(encoding="utf-8").splitlines()
+        rows = [row for row in map(json.loads, lines) if "part" in row]
+        found: dict[str, Tensor] = {}
+        for part, group in itertools.groupby(rows, key=lambda row: row["part"]):
+            stacked = path / f"part_{part:06d}.{array}.npy"
+            if stacked.exists():
+                values = torch.from_numpy(np.load(stacked, allow_pickle=False))
+                found |= {row["image"]: values[row["row"]] for row in group}
+            else:
+                file = path / f"part_{part:06d}.safetensors"
+                if not file.exists():
+                    raise ValueError(f"{path} holds no {array}, or is not complete")
+                named = _pick(_read_named(file), array, file)
+                found |= {row["image"]: named[row["image"]] for row in group}
+    except (KeyError, IndexError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    return found
+
+
+def _read_named(path: Path) -> Arrays:
+    """What `write_file` has written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as file:
+            return {name: torch.from_numpy(file[name]) for name in file.files}
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+
+
+def _pick(named: Arrays, array: str, path: Path) -> Arrays:
+    """The arrays called `NAME/array`, under NAME."""
+    suffix = f"/{array}"
+    found = {name.removesuffix(suffix): value for name, value in named.items() if name.endswith(suffix)}
+    if not found:
+        others = sorted({name.rpartition("/")[2] for name in named})
+        raise ValueError(f"{path} holds no {array}, only {', '.join(others) or 'nothing'}")
+    return found
+
+
 class FeatureStore:
     """A folder of features of the images of some shards.
 
@@ -172,7 +235,7 @@ class FeatureStore:
         missing = runtime.gather(missing)[0]
         ours = missing[runtime.rank :: runtime.world_size]
         with _progress([self.parts[number] for number in ours], runtime.is_main) as bar:
-            computed = extractor.run(self.shards, [self.parts[number] for number in ours])
+            computed = extractor.run(self.shards, [self.parts[number] for number in ours], bar.update)
 
             def write_next(done: int) -> None:
                 if done == len(ours):  # in the last round, of fewer parts than ranks
@@ -184,7 +247,6 @@ class FeatureStore:
                     size = sum(array.nbytes for array in next(iter(arrays.values()), {}).values())
                     require_free(self.folder / INDEX, size * _count([self.parts[part] for part in missing]))
                 self._write(ours[done], images, arrays)
-                bar.update(len(images))
 
             for done in range(-(-len(missing) // runtime.world_size)):
                 runtime.agree(partial(write_next, done))
@@ -349,7 +411,6 @@ def _progress(parts: Sequence[ShardRange], shown: bool = True) -> tqdm:
         desc="features",
         total=_count(parts),
         unit="image",
-        delay=1.0,  # seconds: what fails at once leaves only its message
         mininterval=0.1 if sys.stderr.isatty() else 30,
         disable=not (shown and parts),
     )
