@@ -1,4 +1,4 @@
-"""What an hour of pre-training gives: the rows of the demo, DPT heads by the published protocol, few labels.
+"""What an hour of pre-training gives: the rows of the demo, DPT heads, few labels.
 
     export PYTHONPATH=.:pretraining:evaluation
     python benchmarks/hour.py pretraining/runs/pixio_vitpico8_cpu                 # resumes
