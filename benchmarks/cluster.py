@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from kills import rows_of
 from local_slurm import LocalSlurm, available
-from test_cluster import PUBLISHED, ROOT, Jobs
+from test_cluster import PUBLISHED, ROOT, Jobs, said
 
 import pixio
 from pixio.files import write_json
@@ -73,8 +73,7 @@ class Round:
         """Do it, and wait until the job has started again; None where it ended before."""
         number, restarts = self.jobs.numbers[name], self.show(name, "Restarts")
         node, reached = self.show(name, "BatchHost"), self.step(name)
-        alone = event in ("time limit", "requeue", "rank death")
-        self.seen |= {each: self.step(each) for each in ([name] if alone else self.jobs.numbers)}
+        hit = [name] if event in ("time limit", "requeue", "rank death") else self.jobs.numbers
         if event == "preemption":
             wrap = "--wrap=sleep 1"
             self.cluster.call("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", wrap)
@@ -98,6 +97,7 @@ class Round:
             f"{name} after {event}",
             PATIENCE,
         )
+        self.seen |= {each: self.step(each) for each in hit}  # until it logs more, it has only begun again
         if event == "time limit":
             with contextlib.suppress(Exception):  # it may have ended
                 self.cluster.call("scontrol", "update", f"JobId={number}", "TimeLimit=60")
@@ -110,7 +110,8 @@ class Round:
         """What is wrong with a job that has ended."""
         folder = self.jobs.folder / name
         rows, state = rows_of(folder), self.state(name)
-        wrong = [] if state == "COMPLETED" else [f"{state} at step {max(rows, default=0)}"]
+        log = said(folder, {"number": self.jobs.numbers[name]}).strip()[-300:]
+        wrong = [] if state == "COMPLETED" else [f"{state} at step {max(rows, default=0)}: {log}"]
         if state == "COMPLETED" and rows != expected:
             wrong.append(
                 f"other losses at steps {[step for step in expected if rows.get(step) != expected[step]]}"

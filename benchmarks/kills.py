@@ -53,7 +53,7 @@ PROGRAMS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
 VARIANTS = [
     (program, ranks, parallel)
     for program in PROGRAMS
-    for ranks, parallel in ((1, "ddp"), (2, "ddp"), (2, "fsdp"))
+    for ranks, parallel in ((2, "ddp"), (1, "ddp"), (2, "fsdp"))
 ]
 GRACEFUL = {"SIGTERM": signal.SIGTERM, "SIGUSR2": signal.SIGUSR2, "SIGINT": signal.SIGINT}
 DISKS = ("disk full", "read-only folder", "folder removed")

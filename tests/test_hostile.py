@@ -63,24 +63,19 @@ def test_memory_that_was_refused_is_seen_behind_a_documented_error(tmp_path):
     assert "too much memory" in faults.attempt(Reader(read, list), {}, tmp_path, faults.Watch(tmp_path))
 
 
-def campaign(output: Path, *flags: str) -> str:
-    """Run a part of the campaign; what it printed. It fails where something was found."""
+def campaign(output: Path, *flags: str) -> None:
+    """Run a part of the campaign, which fails where something is found."""
     command = [sys.executable, faults.__file__, *flags, "--output", output]
     environ = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     ran = subprocess.run(command, env=environ, capture_output=True, text=True, check=False, timeout=600)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    return ran.stdout
 
 
 @pytest.mark.slow
 def test_killed_runs_lose_nothing_and_leave_nothing(tmp_path):
-    said = campaign(
-        tmp_path, "kills", "--kills", "4", "--only", "SIGKILL to one rank", "SIGUSR2", "disk full"
-    )
-    assert said.count("| 0 |") >= 3  # findings of each fault
+    campaign(tmp_path, "kills", "--kills", "2", "--only", "SIGKILL to one rank", "SIGUSR2", "disk full")
     rows = [json.loads(line) for line in (tmp_path / "kills.jsonl").read_text().splitlines()]
-    assert {row["fault"] for row in rows} == {"SIGKILL to one rank", "SIGUSR2", "disk full"}
-    assert {tuple(row["variant"]) for row in rows} == {("pretraining", 1, "ddp"), ("pretraining", 2, "ddp")}
+    assert [(row["variant"], row["what"]) for row in rows] == [(["pretraining", 2, "ddp"], [])] * 2
 
 
 @pytest.mark.slow
