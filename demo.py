@@ -60,7 +60,7 @@ MASKS = f"""
     evaluation/eval_semseg.py --nclass {len(CLASS_NAMES)} --class_names {" ".join(CLASS_NAMES)} {TUNE}
 """
 DEPTH = f"evaluation/eval_monodepth.py --max_depth 10 {TUNE} --epochs 8 --eval_freq 8"
-UNTAUGHT = ("raw pixels", "position alone", "random encoder")
+UNTRAINED = ("raw pixels", "position only", "random encoder")
 Rows = dict[str, dict[str, list[float]]]  # features -> metric -> a value for each seed
 
 
@@ -129,7 +129,7 @@ def run(command: str) -> None:
     print("$ python " + " ".join(words), flush=True)
     code = subprocess.run([sys.executable, *words], check=False).returncode
     if code:
-        raise SystemExit(f"the demo stopped: this command ended with status {code}")
+        raise SystemExit(f"the demo stopped: this command exited with status {code}")
 
 
 def write_photos(side: int, count: int = 4, folder: Path = OUT) -> str:
@@ -146,7 +146,7 @@ def write_photos(side: int, count: int = 4, folder: Path = OUT) -> str:
 def probe_all(seeds: list[int]) -> Rows:
     """Probe raw pixels, places and encoders alike: random, pre-trained and distilled ones of each seed."""
     train, test = (load_split(*scenes, SIZE, PATCH) for scenes in (PROBE_TRAIN, PROBE_TEST))
-    views = {"raw pixels": [raw_pixels(PATCH)], "position alone": [position(PATCH)], "random encoder": []}
+    views = {"raw pixels": [raw_pixels(PATCH)], "position only": [position(PATCH)], "random encoder": []}
     views |= {"pre-trained encoder": [], "distilled student": []}
     for seed in seeds:
         torch.manual_seed(seed)
@@ -202,12 +202,12 @@ def compare(rows: Rows, seeds: list[int]) -> str:
     leads, ratios = [], []
     for metric in ("mIoU", "depth R2"):
         learned = rows["pre-trained encoder"][metric]
-        untaught = max(max(rows[name][metric]) for name in UNTAUGHT)
-        margin = sum(learned) / len(learned) - untaught
+        untrained = max(max(rows[name][metric]) for name in UNTRAINED)
+        margin = sum(learned) / len(learned) - untrained
         leads.append(f"{cell(metric, [margin])} {metric}")
         spread = max(max(row[metric]) - min(row[metric]) for row in rows.values())
         ratios.append(f"{margin / spread:.1f}" if spread else "?")
-    lead = f"Pre-training leads all that is untaught by {' and '.join(leads)}"
+    lead = f"Pre-training leads the best untrained baseline by {' and '.join(leads)}"
     if len(seeds) > 1:
         lead += f" ({' and '.join(ratios)} times the range over {len(seeds)} seeds)"
     return f"{lead}."
@@ -217,7 +217,7 @@ def describe_reconstruction(seeds: list[int]) -> str:
     """The share of the masked patches of held-out scenes that is explained, mean of the seeds."""
     losses = [held_out_loss(OUT / f"seed{seed}/pretrain/log.jsonl") for seed in seeds]
     share = 100 * (1 - sum(losses) / len(losses))
-    return f"Of the structure of masked patches of held-out scenes {share:.1f} % is explained."
+    return f"The model explains {share:.1f} % of the variance within masked patches of held-out scenes."
 
 
 def held_out_loss(log: Path) -> float:
@@ -240,4 +240,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit("\nthe demo was interrupted: the same command goes on") from None
+        raise SystemExit("\nthe demo was interrupted: run the same command to continue") from None

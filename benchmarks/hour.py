@@ -42,15 +42,15 @@ def main() -> None:
     options = parser.parse_args()
     options.output = options.output or options.run / "measured"
     options.output.mkdir(parents=True, exist_ok=True)
-    encoder, untaught = options.run / "encoder.pth", options.output / "untaught.pth"
+    encoder, untrained = options.run / "encoder.pth", options.output / "untrained.pth"
     torch.manual_seed(0)
     start = pixio.create_model(ENCODER)
     start.start_from_sincos()  # as the run did
-    torch.save(start.state_dict(), untaught)
+    torch.save(start.state_dict(), untrained)
 
-    rows = probe_all(options, untaught, encoder)
+    rows = probe_all(options, untrained, encoder)
     heads = {
-        name: train_heads(options, name, file) for name, file in (("random", untaught), ("run", encoder))
+        name: train_heads(options, name, file) for name, file in (("random", untrained), ("run", encoder))
     }
     print(probes := markdown(rows))
     print(protocol := describe_heads(heads))
@@ -63,7 +63,7 @@ def main() -> None:
         update_docs(options, probes, protocol)
 
 
-def probe_all(options: argparse.Namespace, untaught: Path, encoder: Path) -> Rows:
+def probe_all(options: argparse.Namespace, untrained: Path, encoder: Path) -> Rows:
     """The rows of the demo's table, computed once."""
     done = options.output / "probes.json"
     if not done.is_file():
@@ -73,8 +73,8 @@ def probe_all(options: argparse.Namespace, untaught: Path, encoder: Path) -> Row
         )
         views = {
             "raw pixels": raw_pixels(PATCH),
-            "position alone": position(PATCH),
-            "random encoder": patch_tokens(pixio.from_pretrained(untaught)),
+            "position only": position(PATCH),
+            "random encoder": patch_tokens(pixio.from_pretrained(untrained)),
             "pre-trained encoder": patch_tokens(pixio.from_pretrained(encoder)),
         }
         found = {name: probe(view, train, test) for name, view in views.items()}

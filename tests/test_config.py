@@ -41,7 +41,7 @@ class Command:
     example = "a.jpg --point 1 2"
     images: tuple[str, ...] = option(help="what is read", positional=True)
     point: tuple[tuple[float, float], ...] = option((), "several times", metavar=("X", "Y"), ge=0)
-    layout: str = option("nyuv2", "one of {choices}", choices="pixio.synthetic.trees:LAYOUTS")
+    layout: str = option("nyuv2", "one of {choices}", choices="pixio.synthetic.layouts:LAYOUTS")
     smooth: bool = option(False, "without squares", negatable=False)
     output: Path = option(Path("out.png"), "picture")
 

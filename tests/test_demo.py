@@ -41,7 +41,7 @@ def test_the_verdict_states_margin_and_spread_and_goes_between_the_marks(tmp_pat
     row = lambda miou, r2: {"mIoU": miou, "depth R2": r2}  # noqa: E731
     rows = {
         "raw pixels": row([7.0], [0.01]),
-        "position alone": row([17.5], [0.08]),
+        "position only": row([17.5], [0.08]),
         "random encoder": row([9.0, 9.5], [0.02, 0.02]),
         "pre-trained encoder": row([22.0, 23.0], [0.2, 0.22]),
     }

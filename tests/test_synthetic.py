@@ -4,7 +4,10 @@ import io
 import json
 import math
 import re
+import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +20,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from timm.data.readers import create_reader
 
-from pixio.synthetic import scenes
-from pixio.synthetic import trees as scene_trees
+from pixio.synthetic import layouts, scenes, trees
 from pixio.synthetic.appearance import dress
+from pixio.synthetic.layouts import KITTI_DEPTH_SCALE, LAYOUTS
 from pixio.synthetic.scenes import CLASS_NAMES, LABEL_NAMES, label_of, render
-from pixio.synthetic.trees import KITTI_DEPTH_SCALE, LAYOUTS, write_tree
+from pixio.synthetic.trees import write_tree
 from pixio.synthetic.world import Primitive, World, compose
 
 # --------------------------------------------------------------------------- the scene
@@ -256,7 +259,7 @@ def test_info_of_web_tars_names_them_and_counts_their_images(tmp_path):
 
 @pytest.mark.parametrize(("layout", "expected"), [("web-tars", 0), ("kitti", 100), ("ade20k", 100)])
 def test_without_a_number_a_layout_holds_what_it_can(layout, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(scene_trees, "_write_groups", lambda *_: [])
+    monkeypatch.setattr(trees, "_write_groups", lambda *_: [])
     assert write_tree(layout, tmp_path, 1, None, 16).val == expected
 
 
@@ -399,7 +402,7 @@ def test_a_root_with_other_contents_is_refused(tmp_path):
 
 def test_an_interrupted_tree_is_continued(tmp_path, monkeypatch):
     expected = written("pascal", tmp_path / "whole")
-    render_scene, rendered = scene_trees.render, []
+    render_scene, rendered = layouts.render, []
 
     def stop_at_the_fourth(seed, size):
         rendered.append(seed)
@@ -407,12 +410,29 @@ def test_an_interrupted_tree_is_continued(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return render_scene(seed, size)
 
-    monkeypatch.setattr(scene_trees, "render", stop_at_the_fourth)
+    monkeypatch.setattr(layouts, "render", stop_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         written("pascal", tmp_path / "broken")
     assert not (tmp_path / "broken" / "scenes.json").exists()
     assert written("pascal", tmp_path / "broken") == expected
     assert len(rendered) == 9  # 5 + 3, and the one that was cut off once more
+
+
+@pytest.mark.slow
+def test_workers_leave_when_the_program_that_renders_is_killed(tmp_path):
+    command = [sys.executable, "-m", "pixio", "scenes", "imagenet-folders", tmp_path / "tree"]
+    with subprocess.Popen([*command, "--train", "100000", "--val", "0", "--workers", "1"]) as program:
+        while not any(tmp_path.rglob("*.JPEG")):
+            assert program.poll() is None
+            time.sleep(0.05)
+        children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
+        program.kill()
+    stats, deadline = [Path(f"/proc/{child}/stat") for child in children], time.monotonic() + 30
+    while any(
+        stat.exists() and ") Z " not in stat.read_text() for stat in stats
+    ):  # nobody may collect zombies
+        assert time.monotonic() < deadline, f"{children} outlive the program"
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ class Scenes:
     """Render labeled indoor scenes in the layout of a real data set."""
 
     example = "imagenet-tars data/scenes --train 2000 --val 200 --size 128"
-    layout: str = option(help="{choices}", positional=True, choices="pixio.synthetic.trees:LAYOUTS")
+    layout: str = option(help="{choices}", positional=True, choices="pixio.synthetic.layouts:LAYOUTS")
     root: str = option(help="folder to create", positional=True)
     train: int = option(1000, "training images", ge=0)
     val: int | None = option(None, "validation images; by default 100 if the layout has any", ge=0)

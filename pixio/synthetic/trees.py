@@ -1,67 +1,21 @@
-"""Rendered scenes on disk in the layouts of public data sets, names, bit depths and units, or of one's own.
+"""Rendered scenes written to disk in the layouts of public data sets: same file names, bit depths and units.
 
-Loaders and commands made for those run on the trees as they are. `LAYOUTS` says which files an item becomes
-and what they hold; `write_tree` renders the items and puts the files in place.
+Loaders and commands made for those data sets run on the trees as they are. `write_tree` renders the items and
+puts the files in place; `layouts.py` says which files an item becomes and what they hold.
 """
 
-import io
 import json
+import multiprocessing
 import os
-import tarfile
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from pixio.files import read_json, write_atomic
-from pixio.synthetic.scenes import LABEL_NAMES, VERSION, Scene, label_of, render
-
-KITTI_DEPTH_SCALE = 8  # scenes reach 10 m, KITTI 80 m: rendered meters are multiplied by this
-
-# Values in the label files for the classes in the order of CLASS_NAMES, and last for unscored pixels.
-ADE20K_VALUES = np.array([5, 0, 3, 41, 119, 42, 36, 255], np.uint8)  # its own, with ball, column and lamp
-PASCAL_VALUES = np.array([0, 0, 0, 20, 4, 5, 16, 255], np.uint8)  # the room is background
-LOVEDA_VALUES = np.array([1, 2, 3, 4, 5, 6, 7, 0], np.uint8)
-
-_SPLITS = ("train", "val")
-_SEEDS_PER_SPLIT = 1 << 32  # a multiple of the number of labels: every split starts at the first
-_NYUV2_SIZE = (480, 640)  # height, width
-_KITTI_SIZE = (375, 1242)
-_FILES_PER_FOLDER = 100  # frames of a NYUv2 scene, tars of a web folder
-
-# Part of the Eigen split, enough for small trees: drive -> runs of frames, first, last, step.
-_KITTI_RUNS = {
-    "train": {
-        "2011_09_26_drive_0001": [(5, 102, 1)],
-        "2011_09_26_drive_0005": [(5, 148, 1)],
-        "2011_10_03_drive_0034": [(5, 4657, 1)],
-    },
-    "val": {
-        "2011_09_26_drive_0002": [(6, 63, 3)],
-        "2011_09_26_drive_0009": [(16, 176, 16), (196, 388, 16)],
-        "2011_09_26_drive_0029": [(14, 196, 14), (296, 408, 14)],
-        "2011_09_26_drive_0036": [(32, 704, 32)],
-        "2011_09_26_drive_0046": [(5, 115, 5)],
-        "2011_09_26_drive_0048": [(5, 16, 1)],
-    },
-}
-_KITTI_FRAMES = {
-    split: [
-        (drive, frame)
-        for drive, runs in drives.items()
-        for first, last, step in runs
-        for frame in range(first, last + 1, step)
-    ]
-    for split, drives in _KITTI_RUNS.items()
-}
-
-# First number of each half of LoveDA; items alternate between the two.
-_LOVEDA_FIRST = {"train": {"Rural": 0, "Urban": 1366}, "val": {"Rural": 2522, "Urban": 3514}}
+from pixio.synthetic.layouts import LAYOUTS, SEEDS_PER_SPLIT, SPLITS, Group
+from pixio.synthetic.scenes import VERSION
 
 
 @dataclass(frozen=True)
@@ -74,39 +28,6 @@ class TreeSummary:
     val: int
     files: int  # in all, beside scenes.json
     written: int  # by this call; 0 where the tree was complete already
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Items that become files together: one image with its labels, or the images of one tar."""
-
-    split: str
-    number: int  # of the group within its split
-    seeds: range
-    size: int
-
-    @property
-    def seed(self) -> int:
-        return self.seeds[0]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a data set lies on disk.
-
-    Attributes:
-        paths: names of a group's files, relative to the root.
-        contents: their bytes, in the same order.
-        in_tars: whether a group is a tar of many images rather than one image.
-        capacity: most items of each split that the names allow.
-        lists: further files about the whole tree, name -> text, from all its groups.
-    """
-
-    paths: Callable[[_Group], tuple[str, ...]]
-    contents: Callable[[_Group], tuple[bytes, ...]]
-    in_tars: bool = False
-    capacity: tuple[int, int] = (_SEEDS_PER_SPLIT, _SEEDS_PER_SPLIT)
-    lists: Callable[[list[_Group]], dict[str, str]] = lambda groups: {}
 
 
 def write_tree(
@@ -151,8 +72,8 @@ def write_tree(
     request = {"layout": layout, "train": train, "val": val, "size": size, "seed": seed, "renderer": VERSION}
     request |= {"per_tar": per_tar} if rules.in_tars else {}
     groups = [
-        _Group(split, number, seeds, size)
-        for split, count in zip(_SPLITS, (train, val), strict=True)
+        Group(split, number, seeds, size)
+        for split, count in zip(SPLITS, (train, val), strict=True)
         for number, seeds in enumerate(_seeds(split, count, seed, per_tar if rules.in_tars else 1))
     ]
     lists = rules.lists(groups)
@@ -178,7 +99,7 @@ def _check_numbers(layout: str, **numbers: int) -> None:
         least = 1 if name in ("size", "per_tar") else 0
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    for split, capacity in zip(_SPLITS, LAYOUTS[layout].capacity, strict=True):
+    for split, capacity in zip(SPLITS, LAYOUTS[layout].capacity, strict=True):
         if numbers[split] > capacity:
             raise ValueError(
                 f"layout {layout} holds at most {capacity} {split} images, {numbers[split]} were asked for: "
@@ -200,21 +121,33 @@ def _check_same(root: Path, record: Path, request: dict[str, object]) -> None:
 
 def _seeds(split: str, count: int, seed: int, stride: int) -> Iterator[range]:
     """The scenes of a split in runs of `stride`: 2^32 seeds belong to each split of each tree."""
-    first = (2 * seed + _SPLITS.index(split)) * _SEEDS_PER_SPLIT
+    first = (2 * seed + SPLITS.index(split)) * SEEDS_PER_SPLIT
     for start in range(0, count, stride):
         yield range(first + start, first + min(start + stride, count))
 
 
-def _write_groups(layout: str, root: Path, groups: list[_Group], workers: int) -> Iterator[int]:
+def _write_groups(layout: str, root: Path, groups: list[Group], workers: int) -> Iterator[int]:
     if workers == 0:
         yield from (_write_group(layout, root, group) for group in groups)
         return
     # Fresh processes: the caller may hold threads, which do not survive a fork.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, initializer=_end_with_parent) as pool:
         yield from pool.map(_write_group, [layout] * len(groups), [root] * len(groups), groups)
 
 
-def _write_group(layout: str, root: Path, group: _Group) -> int:
+def _end_with_parent() -> None:
+    """In a worker: leave when the program that waits for its work is killed."""
+
+    def watch() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _write_group(layout: str, root: Path, group: Group) -> int:
     paths = LAYOUTS[layout].paths(group)
     for path, content in zip(paths, LAYOUTS[layout].contents(group), strict=True):
         _write(root / path, content)
@@ -224,227 +157,3 @@ def _write_group(layout: str, root: Path, group: _Group) -> int:
 def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda file: file.write(content))
-
-
-# --------------------------------------------------------------------------- pixels to bytes
-
-
-def _scene(group: _Group, resolution: tuple[int, int] | None = None) -> Scene:
-    """Renders a group's only scene, resampled to (height, width) where the layout has its own resolution."""
-    if resolution is None:
-        return render(group.seed, group.size)
-    height, width = resolution
-    scene = render(group.seed, (group.size, round(group.size * width / height)))
-
-    def resample(array: np.ndarray, method: Image.Resampling) -> np.ndarray:
-        return np.asarray(Image.fromarray(array).resize((width, height), method))
-
-    return Scene(
-        image=resample(scene.image, Image.Resampling.BICUBIC),
-        depth=resample(scene.depth, Image.Resampling.NEAREST),
-        semantics=resample(scene.semantics, Image.Resampling.NEAREST),
-        label=scene.label,
-    )
-
-
-def _jpeg(image: np.ndarray) -> bytes:
-    return _encode(image, "JPEG", quality=95)
-
-
-def _png(image: np.ndarray) -> bytes:
-    """uint8 [H, W] or [H, W, 3], or uint16 [H, W] at its full depth."""
-    return _encode(image, "PNG", compress_level=1)
-
-
-def _encode(image: np.ndarray, image_format: str, **options: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, image_format, **options)
-    return buffer.getvalue()
-
-
-def _millimeters(scene: Scene) -> np.ndarray:
-    return np.rint(scene.depth * 1000).astype(np.uint16)
-
-
-def _sparse_depth(depth: np.ndarray, seed: int) -> np.ndarray:
-    """Meters x 256, and 0 where a laser would see nothing: the upper third and 55 % of the rest."""
-    values = np.rint(depth * (KITTI_DEPTH_SCALE * 256)).astype(np.uint16)
-    values[np.random.default_rng([2, seed]).random(depth.shape) < 0.55] = 0
-    values[: len(values) // 3] = 0
-    return values
-
-
-def _labels(semantics: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Scene classes in a data set's values; pixels on both sides of a class boundary become unscored."""
-    border = np.zeros(semantics.shape, bool)
-    beside, below = semantics[:, 1:] != semantics[:, :-1], semantics[1:] != semantics[:-1]
-    border[:, 1:] |= beside
-    border[:, :-1] |= beside
-    border[1:] |= below
-    border[:-1] |= below
-    return np.where(border, values[-1], values[semantics])
-
-
-def _tar(members: Iterable[tuple[str, bytes]]) -> bytes:
-    """A tar whose bytes depend on nothing but its members."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        for name, content in members:
-            entry = tarfile.TarInfo(name)  # time 0, owner 0
-            entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-# --------------------------------------------------------------------------- the layouts
-
-
-def _imagenet_tar_paths(group: _Group) -> tuple[str, ...]:
-    name = f"train-{group.number:04d}" if group.split == "train" else f"validation-{group.number:02d}"
-    return (f"imagenet1k-{name}.tar",)
-
-
-def _imagenet_tar_contents(group: _Group) -> tuple[bytes, ...]:
-    members = []
-    for seed in group.seeds:
-        scene = render(seed, group.size)
-        key = f"{LABEL_NAMES[scene.label]}_{seed % _SEEDS_PER_SPLIT:08d}"
-        about = {"filename": f"{key}.jpg", "label": scene.label, "width": group.size, "height": group.size}
-        members.append((f"{key}.jpg", _jpeg(scene.image)))
-        members.append((f"{key}.cls", str(scene.label).encode()))
-        members.append((f"{key}.json", json.dumps(about).encode()))
-    return (_tar(members),)
-
-
-def _imagenet_tar_lists(groups: list[_Group]) -> dict[str, str]:
-    return {"_info.json": _tar_info([(group, _imagenet_tar_paths(group)[0]) for group in groups])}
-
-
-def _web_tar_paths(group: _Group) -> tuple[str, ...]:
-    folder, number = divmod(group.number, _FILES_PER_FOLDER)
-    return f"tars/{folder:04d}/{number}.tar", f"stats/{folder:04d}/{number}.json"
-
-
-def _web_tar_contents(group: _Group) -> tuple[bytes, ...]:
-    names = {seed: f"{seed % _SEEDS_PER_SPLIT:09d}.jpeg" for seed in group.seeds}
-    statistics = {}
-    for seed, name in names.items():
-        rng = np.random.default_rng([2, seed])  # plausible scores, measured on nothing
-        score, loss = round(rng.uniform(3.5, 7.5), 4), round(rng.uniform(0.1, 1.2), 4)
-        sides = {"width": group.size, "height": group.size}
-        statistics[name] = {"histogram_score": score, "mae_loss": loss} | sides
-    images = ((name, _jpeg(render(seed, group.size).image)) for seed, name in names.items())
-    return _tar(images), json.dumps(statistics).encode()
-
-
-def _web_tar_lists(groups: list[_Group]) -> dict[str, str]:
-    tars = [(group, _web_tar_paths(group)[0].removeprefix("tars/")) for group in groups]
-    return {"tars/_info.json": _tar_info(tars)}
-
-
-def _tar_info(tars: list[tuple[_Group, str]]) -> str:
-    """What timm's reader of tars asks for: the tars of each split, and how many images each holds."""
-    splits = {}
-    for split, name in zip(_SPLITS, ("train", "validation"), strict=True):
-        lengths = {path: len(group.seeds) for group, path in tars if group.split == split}
-        if lengths:
-            splits[name] = {
-                "name": name,
-                "num_samples": sum(lengths.values()),
-                "filenames": list(lengths),
-                "shard_lengths": list(lengths.values()),
-            }
-    return json.dumps({"splits": splits}, indent=2) + "\n"
-
-
-def _imagenet_folder_paths(group: _Group) -> tuple[str, ...]:
-    return (f"{group.split}/{LABEL_NAMES[label_of(group.seed)]}/{group.split}_{group.number:08d}.JPEG",)
-
-
-def _imagenet_folder_contents(group: _Group) -> tuple[bytes, ...]:
-    return (_jpeg(_scene(group).image),)
-
-
-def _nyuv2_paths(group: _Group) -> tuple[str, ...]:
-    place, frame = divmod(group.number, _FILES_PER_FOLDER)
-    folder = f"{'sync' if group.split == 'train' else 'official_splits/test'}/room_{place:04d}"
-    return f"{folder}/rgb_{frame:05d}.jpg", f"{folder}/sync_depth_{frame:05d}.png"
-
-
-def _nyuv2_contents(group: _Group) -> tuple[bytes, ...]:
-    scene = _scene(group, _NYUV2_SIZE)
-    return _jpeg(scene.image), _png(_millimeters(scene))
-
-
-def _folder_paths(group: _Group) -> tuple[str, ...]:
-    return tuple(f"{group.split}/{kind}/{group.number:06d}.png" for kind in ("images", "depth", "masks"))
-
-
-def _folder_contents(group: _Group) -> tuple[bytes, ...]:
-    scene = _scene(group)
-    return _png(scene.image), _png(_millimeters(scene)), _png(scene.semantics)
-
-
-def _kitti_paths(group: _Group) -> tuple[str, ...]:
-    drive, frame = _KITTI_FRAMES[group.split][group.number]
-    return (
-        f"images/{drive[:10]}/{drive}_sync/image_02/data/{frame:010d}.png",
-        f"annotations/{drive}_sync/proj_depth/groundtruth/image_02/{frame:010d}.png",
-    )
-
-
-def _kitti_contents(group: _Group) -> tuple[bytes, ...]:
-    scene = _scene(group, _KITTI_SIZE)
-    return _png(scene.image), _png(_sparse_depth(scene.depth, group.seed))
-
-
-def _ade20k_paths(group: _Group) -> tuple[str, ...]:
-    folder = {"train": "training", "val": "validation"}[group.split]
-    name = f"{folder}/ADE_{group.split}_{group.number + 1:08d}"
-    return f"images/{name}.jpg", f"annotations/{name}.png"
-
-
-def _pascal_name(group: _Group) -> str:
-    return f"{'2008' if group.split == 'train' else '2009'}_{group.number:06d}"
-
-
-def _pascal_paths(group: _Group) -> tuple[str, ...]:
-    return f"JPEGImages/{_pascal_name(group)}.jpg", f"SegmentationClass/{_pascal_name(group)}.png"
-
-
-def _pascal_lists(groups: list[_Group]) -> dict[str, str]:
-    return {
-        f"ImageSets/Segmentation/{split}.txt": "".join(
-            f"{_pascal_name(group)}\n" for group in groups if group.split == split
-        )
-        for split in _SPLITS
-    }
-
-
-def _loveda_paths(group: _Group) -> tuple[str, ...]:
-    number, odd = divmod(group.number, 2)
-    half = ("Rural", "Urban")[odd]
-    folder = f"{group.split.title()}/{group.split.title()}/{half}"
-    name = f"{_LOVEDA_FIRST[group.split][half] + number}.png"
-    return f"{folder}/images_png/{name}", f"{folder}/masks_png/{name}"
-
-
-def _with_mask(values: np.ndarray, encode: Callable[[np.ndarray], bytes], group: _Group) -> tuple[bytes, ...]:
-    scene = _scene(group)
-    return encode(scene.image), _png(_labels(scene.semantics, values))
-
-
-_KITTI_CAPACITY = (len(_KITTI_FRAMES["train"]), len(_KITTI_FRAMES["val"]))
-LAYOUTS = {
-    "imagenet-tars": Layout(_imagenet_tar_paths, _imagenet_tar_contents, True, lists=_imagenet_tar_lists),
-    "web-tars": Layout(
-        _web_tar_paths, _web_tar_contents, True, capacity=(_SEEDS_PER_SPLIT, 0), lists=_web_tar_lists
-    ),
-    "imagenet-folders": Layout(_imagenet_folder_paths, _imagenet_folder_contents),
-    "nyuv2": Layout(_nyuv2_paths, _nyuv2_contents),
-    "kitti": Layout(_kitti_paths, _kitti_contents, capacity=_KITTI_CAPACITY),
-    "ade20k": Layout(_ade20k_paths, partial(_with_mask, ADE20K_VALUES, _jpeg)),
-    "pascal": Layout(_pascal_paths, partial(_with_mask, PASCAL_VALUES, _jpeg), lists=_pascal_lists),
-    "loveda": Layout(_loveda_paths, partial(_with_mask, LOVEDA_VALUES, _png), capacity=(2 * 1156, 2 * 677)),
-    "folder": Layout(_folder_paths, _folder_contents),
-}
