@@ -27,7 +27,7 @@ def test_probe_metrics_equal_scikit_learn():
     assert probes.mean_iou(classes, truth) == pytest.approx(jaccard_score(truth, classes, average="macro"))
 
 
-def test_position_alone_knows_the_mean_of_each_place():
+def test_position_only_knows_the_mean_of_each_place():
     split = probes.load_split(0, 6, size=32, patch_size=16)
     other = {"images": split["images"][:2], **{k: split[k][:2] for k in ("classes", "log_depth")}}
     features = probes.position(16)(split["images"]).flatten(0, 1)  # [6 * 4, 4]
@@ -47,7 +47,7 @@ def test_the_verdict_states_margin_and_spread_and_goes_between_the_marks(tmp_pat
     }
     verdict = demo.compare(rows, [0, 1])
     assert "by 5.0 mIoU and 0.130 depth R2 (5.0 and 6.5 times the range over 2 seeds)" in verdict
-    assert "scenes 30.0 % is explained" in demo.describe_reconstruction([0, 1])
+    assert "explains 30.0 % of the variance" in demo.describe_reconstruction([0, 1])
     assert "| pre-trained encoder | 22.5 (22.0-23.0) | 0.210 (0.200-0.220) |" in demo.markdown(rows)
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- demo -->\nold\n<!-- /demo -->\nafter\n")
