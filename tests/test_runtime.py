@@ -23,7 +23,7 @@ def visible_gpus(monkeypatch, count: int) -> None:
 @pytest.mark.parametrize(
     ("gpus", "device", "ranks", "message"),
     [
-        (0, "cuda", Ranks(), "torch sees no CUDA GPU"),
+        (0, "cuda", Ranks(), "torch finds no CUDA GPU"),
         (2, "cuda:2", Ranks(), "2 GPUs are visible"),
         (2, "cuda", Ranks(0, 0, 8, 4), "4 processes on a node with 2 visible GPUs.*or choose cpu"),
         (8, "auto", Ranks(0, 0, 4, 2), "2 processes on a node with 8 visible GPUs.*CUDA_VISIBLE_DEVICES"),

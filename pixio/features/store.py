@@ -411,6 +411,7 @@ def _progress(parts: Sequence[ShardRange], shown: bool = True) -> tqdm:
         desc="features",
         total=_count(parts),
         unit="image",
+        delay=1.0,  # seconds: what fails at once leaves only its message
         mininterval=0.1 if sys.stderr.isatty() else 30,
         disable=not (shown and parts),
     )
