@@ -31,7 +31,7 @@ import torch
 import pixio
 from pixio.engine.checkpoint import Checkpoints, materialize
 from pixio.engine.runtime import Runtime
-from pixio.engine.signals import EXIT_PREEMPTED
+from pixio.engine.signals import EXIT_PREEMPTED, end_workers_with_this_process
 from pixio.files import write_json
 from pixio.synthetic.trees import write_tree
 
@@ -408,6 +408,7 @@ def kills(output: Path, kills: int, only: list[str]) -> int:
     faults = [fault for fault in FAULTS if not only or fault in only]
     references: dict[tuple[str, int, str], Reference] = {}
     torch.set_num_threads(1)
+    end_workers_with_this_process()  # the runs, too, where the campaign itself is killed
     with places() as place, open(record, "a") as file:
         if not place.mounted and os.geteuid() == 0:
             faults.remove("read-only folder")

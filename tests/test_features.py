@@ -176,6 +176,15 @@ def test_features_are_read_back_by_image(folder, encoder, tmp_path, target):
         read_features(tmp_path / target, "cls_tokens")
 
 
+def test_images_of_one_name_are_refused_where_one_would_be_lost_in_reading(folder, encoder, tmp_path):
+    with tarfile.open(tmp_path / "some.tar", "w") as archive:
+        for name in ("0.png", "1.png"):
+            archive.add(folder / name, "same.png")
+    write_folder(tmp_path / "npy", extractor(encoder), find_images([str(tmp_path / "some.tar")]), "npy")
+    with pytest.raises(ValueError, match="2 images have 1 names"):
+        read_features(tmp_path / "npy")
+
+
 def test_progress_counts_every_batch(folder, encoder):
     shards, seen = find_images([str(folder)]), []
     parts = extraction.index_shards(shards, 256).parts

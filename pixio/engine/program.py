@@ -21,6 +21,7 @@ def program(name: str, extra: str, failures: tuple[type[Exception], ...] = ()) -
         failures: exceptions, beside the common ones, whose message is all a user needs.
     """
     expected: tuple[type[Exception], ...] = (ValueError, OSError, ImportError, *failures)
+    shown = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # no line of ours
     with lasting_output():
         try:
@@ -30,6 +31,8 @@ def program(name: str, extra: str, failures: tuple[type[Exception], ...] = ()) -
         except KeyboardInterrupt:  # where nothing is saved yet
             print(f"{name}: interrupted", file=sys.stderr)
             raise SystemExit(130) from None
+        finally:
+            warnings.formatwarning = shown
 
 
 def explain(error: Exception, extra: str = "all") -> str:

@@ -142,51 +142,46 @@ def read_features(path: str | Path, array: str = "embedding") -> dict[str, Tenso
 
     Raises:
         FileNotFoundError: no such file or folder, or one that is not complete.
-        ValueError: without this array, or damaged.
+        ValueError: without this array, damaged, or two images of one name, which npy folders may hold.
     """
     path = Path(path)
+    if not path.is_dir():
+        return _read_named(path, array)
+    found: dict[str, Tensor] = {}
     try:
-        if not path.is_dir():
-            return _pick(_read_named(path), array, path)
         lines = (path / INDEX).read_text(encoding="utf-8").splitlines()
         rows = [row for row in map(json.loads, lines) if "part" in row]
-        found: dict[str, Tensor] = {}
         for part, group in itertools.groupby(rows, key=lambda row: row["part"]):
-            stacked = path / f"part_{part:06d}.{array}.npy"
+            stacked, file = path / f"part_{part:06d}.{array}.npy", path / f"part_{part:06d}.safetensors"
             if stacked.exists():
                 values = torch.from_numpy(np.load(stacked, allow_pickle=False))
                 found |= {row["image"]: values[row["row"]] for row in group}
-            else:
-                file = path / f"part_{part:06d}.safetensors"
-                if not file.exists():
-                    raise ValueError(f"{path} holds no {array}, or is not complete")
-                named = _pick(_read_named(file), array, file)
+            elif file.exists():
+                named = _read_named(file, array)
                 found |= {row["image"]: named[row["image"]] for row in group}
-    except (KeyError, IndexError, TypeError, zipfile.BadZipFile) as error:
+            else:
+                raise ValueError(f"{path} holds no {array}, or is not complete")
+    except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    if len(found) < len(rows):
+        raise ValueError(f"{path}: {len(rows)} images have {len(found)} names, so read its files by {INDEX}")
     return found
 
 
-def _read_named(path: Path) -> Arrays:
-    """What `write_file` has written."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _read_named(path: Path, array: str) -> Arrays:
+    """The arrays `NAME/array` of a file, under NAME; the others are not read."""
+    from safetensors import SafetensorError, safe_open
 
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as file:
-            return {name: torch.from_numpy(file[name]) for name in file.files}
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
-
-
-def _pick(named: Arrays, array: str, path: Path) -> Arrays:
-    """The arrays called `NAME/array`, under NAME."""
     suffix = f"/{array}"
-    found = {name.removesuffix(suffix): value for name, value in named.items() if name.endswith(suffix)}
+    try:
+        with np.load(path, allow_pickle=False) if path.suffix == ".npz" else safe_open(path, "pt") as file:
+            names = list(file.keys())
+            read = file.get_tensor if path.suffix != ".npz" else lambda name: torch.from_numpy(file[name])
+            found = {name.removesuffix(suffix): read(name) for name in names if name.endswith(suffix)}
+    except (SafetensorError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
     if not found:
-        others = sorted({name.rpartition("/")[2] for name in named})
+        others = sorted({name.rpartition("/")[2] for name in names})
         raise ValueError(f"{path} holds no {array}, only {', '.join(others) or 'nothing'}")
     return found
 
