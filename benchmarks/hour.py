@@ -18,10 +18,15 @@ import pixio
 from benchmarks import few_labels
 from benchmarks.probes import TEST_SEEDS, TRAIN_SEEDS, load_split, patch_tokens, position, probe, raw_pixels
 from demo import Rows, markdown, run, write_photos
+from pixio.cli.drawing import save_sheet
+from pixio.dense import Predictor
 from pixio.files import read_json, write_json, write_text
+from pixio.images.inference import read_image
+from pixio.images.normalization import to_tensor
 from pixio.synthetic.scenes import CLASS_NAMES
 
 ENCODER, SIZE, PATCH = "pixio_vitpico8", 64, 8
+FINE = 2 * SIZE  # side of the rooms for heads and pictures: twice as many patches as in pre-training
 HEADS = {  # metric -> what trains the head whose results.json holds it
     "abs_rel": "evaluation/eval_monodepth.py --max_depth 10",
     "miou": f"evaluation/eval_semseg.py --nclass {len(CLASS_NAMES)} --class_names {' '.join(CLASS_NAMES)}",
@@ -86,13 +91,13 @@ def train_heads(options: argparse.Namespace, name: str, file: Path) -> dict[str,
     """A DPT head for depth and one for masks on a frozen encoder: metric -> value of the last epoch."""
     train, test = options.scenes
     root = options.output / "labeled"
-    run(f"-m pixio scenes folder {root} --train {train} --val {test} --seed 3 --size {SIZE}")
+    run(f"-m pixio scenes folder {root} --train {train} --val {test} --seed 3 --size {FINE}")
     found = {}
     for metric, program in HEADS.items():
         output = options.output / f"{name}_{metric}"
         run(
             f"{program} --dataset folder --data_root {root} --encoder {ENCODER} --pretrained_ckp {file}"
-            f" --head dpt --crop_size {SIZE} --batch_size 8 --batches_per_step 1 --epochs {options.epochs}"
+            f" --head dpt --crop_size {FINE} --batch_size 8 --batches_per_step 1 --epochs {options.epochs}"
             f" --eval_freq {options.epochs} --lr 2e-4 --num_workers 0 --output_dir {output}"
         )
         found[metric] = read_json(output / "results.json")["last"][metric]
@@ -108,16 +113,26 @@ def describe_heads(heads: dict[str, dict[str, float]]) -> str:
 
 
 def draw(options: argparse.Namespace, encoder: Path) -> None:
-    """Curves, reconstructions and features of the run."""
-    photos = write_photos(2 * SIZE, folder=options.output)
+    """Curves, reconstructions and features of the run, and what its heads predict."""
+    photos = write_photos(FINE, folder=options.output)
     latest = options.run / "checkpoints" / (options.run / "checkpoints/latest").read_text().strip()
     run(f"-m pixio curves {options.run} --output {options.output}/curves.png")
     run(
         f"-m pixio reconstruct {photos} --checkpoint {latest} --mask_ratio 0.5"
         f" --output {options.output}/reconstruction.png"
     )
-    flags = f"--pretrained {encoder} --size {2 * SIZE} --smooth"
+    flags = f"--pretrained {encoder} --size {FINE} --smooth"
     run(f"-m pixio pca {photos} {flags} --output {options.output}/pca.png")
+    depth, classes = (
+        Predictor.from_pretrained(options.output / f"run_{metric}/head.pth", encoder) for metric in HEADS
+    )
+    colors = torch.tensor(classes.class_colors, dtype=torch.uint8)  # [K, 3]
+    panels = {
+        "image": [to_tensor(read_image(photo)) for photo in photos.split()],
+        "depth": [depth(photo) for photo in photos.split()],
+        "classes": [colors[classes(photo).long()].permute(2, 0, 1) for photo in photos.split()],
+    }
+    save_sheet(panels, options.output / "dense.png", scale="m")
 
 
 PAGE = """# An hour on a laptop
@@ -126,10 +141,12 @@ PAGE = """# An hour on a laptop
 of `pretraining/scripts/pretrain_pixio_vitpico8_cpu.sh`, seed 0. Ridge probes of patches, as in the demo:
 
 {probes}
-DPT heads by `evaluation/`: {scenes[0]} rendered rooms of 64 pixels, {epochs} epochs, batch 8, lr 2e-4,
+DPT heads by `evaluation/`: {scenes[0]} rendered rooms of {FINE} pixels, {epochs} epochs, batch 8, lr 2e-4,
 measured on {scenes[1]} others:
 
 {protocol}
+![Depth and classes that these heads predict for rooms never seen](../assets/hour_dense.png)
+
 All of the encoder fine-tuned from few labeled rooms, {steps} steps at lr 1e-3, {seeds} seeds, against the
 same from scratch:
 
@@ -145,8 +162,8 @@ same from scratch:
 
 def update_docs(options: argparse.Namespace, probes: str, protocol: str) -> None:
     """docs/hour.md, its pictures, and the points of the curves."""
-    write_text("docs/hour.md", PAGE.format(**vars(options), probes=probes, protocol=protocol))
-    for name in ("few_labels/few_labels", "reconstruction", "pca"):
+    write_text("docs/hour.md", PAGE.format(**vars(options), FINE=FINE, probes=probes, protocol=protocol))
+    for name in ("few_labels/few_labels", "reconstruction", "pca", "dense"):
         shutil.copy(options.output / f"{name}.png", f"assets/hour_{Path(name).name}.png")
     run(
         f"-m pixio curves {options.run} --output {options.output}/curves.png"

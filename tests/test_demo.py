@@ -1,8 +1,11 @@
 """The demo's probes against scikit-learn, and its tables."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.linear_model import Ridge
 from sklearn.metrics import jaccard_score, r2_score
 from sklearn.preprocessing import StandardScaler
@@ -65,6 +68,16 @@ def test_the_page_of_the_hour_is_written_from_what_was_measured(tmp_path, monkey
     for picture in ("few_labels/few_labels", "reconstruction", "pca"):
         (tmp_path / f"run/measured/{picture}.png").write_bytes(b"")
     commands, labels = [], []
+
+    class Head:
+        class_colors = ((0, 0, 0), (255, 0, 0))
+
+        def __init__(self, file):
+            self.depth = "abs_rel" in str(file)
+
+        def __call__(self, photo):
+            return torch.ones(128, 128, dtype=torch.float32 if self.depth else torch.uint8)
+
     monkeypatch.setattr(hour, "run", commands.append)
     monkeypatch.setattr(
         few_labels, "main", lambda words: labels.append(parse(few_labels.BenchmarkConfig, words))
@@ -72,6 +85,7 @@ def test_the_page_of_the_hour_is_written_from_what_was_measured(tmp_path, monkey
     monkeypatch.setattr(hour, "probe_all", lambda *_: {"raw pixels": {"mIoU": [7.04], "depth R2": [0.02]}})
     results = {"last": {"abs_rel": 0.25, "miou": 31.26}}
     monkeypatch.setattr(hour, "read_json", lambda path: results)
+    monkeypatch.setattr(hour, "Predictor", SimpleNamespace(from_pretrained=lambda head, encoder: Head(head)))
     monkeypatch.setattr("sys.argv", ["hour.py", "run", "--update_docs", "--labels", "2", "4"])
     hour.main()
     page = (tmp_path / "docs/hour.md").read_text()
@@ -81,7 +95,10 @@ def test_the_page_of_the_hour_is_written_from_what_was_measured(tmp_path, monkey
         "hour_few_labels.png",
         "hour_reconstruction.png",
         "hour_pca.png",
+        "hour_dense.png",
     }
+    with Image.open(tmp_path / "assets/hour_dense.png") as picture:  # four rooms in a row, three rows
+        assert (255, 0, 0) in {color for _, color in picture.getcolors(1 << 24)}
     assert labels[0].labels == (2, 4)
     assert labels[0].pretrained == "run/encoder.pth"
     assert sum("--head dpt" in command for command in commands) == 4
