@@ -1,7 +1,7 @@
 # make demo   set up, pre-train a small Pixio on rendered scenes, and measure what it learned (CPU or GPU)
 # make test   set up and run all tests          make lint   set up and check style, types, links
-# make docs-check   run every command of README.md and docs/ on rendered data, in minutes
-# PYTHON=python3.12 make ... chooses the interpreter the environment is made with.
+# make docs-check   run the commands of README.md and docs/ on rendered data
+# PYTHON=python3.12 make ...   create the environment with this interpreter
 
 PYTHON ?= python3
 BIN := .venv/bin

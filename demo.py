@@ -66,8 +66,10 @@ Rows = dict[str, dict[str, list[float]]]  # features -> metric -> a value for ea
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Pre-train a small Pixio on rendered scenes and measure it.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a run for each")
-    parser.add_argument("--update_docs", "--update-docs", action="store_true", help="README, docs/, assets/")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each")
+    parser.add_argument(
+        "--update_docs", "--update-docs", action="store_true", help="README, assets/, pretraining/"
+    )
     options = parser.parse_args(argv)
     OUT.mkdir(parents=True, exist_ok=True)
 

@@ -70,9 +70,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--images", type=int, default=2500, help="rendered scenes to train on")
     parser.add_argument("--held_out", type=int, default=256, help="rendered scenes for the held-out loss")
-    parser.add_argument("--probe_scenes", type=int, nargs=2, default=[600, 300], help="to fit, to measure")
-    parser.add_argument("--num_workers", type=int, default=1, help="loading processes")
-    parser.add_argument("--cost_only", action="store_true", help="say what it would cost and stop")
+    parser.add_argument("--probe_scenes", type=int, nargs=2, default=[600, 300], help="to fit on, to test on")
+    parser.add_argument("--num_workers", type=int, default=1, help="data-loading processes")
+    parser.add_argument("--cost_only", action="store_true", help="print the estimated cost and stop")
     parser.add_argument(
         "--update_docs", action="store_true", help="write docs/ablation.md, assets/ablation.png"
     )

@@ -38,7 +38,7 @@ class BenchmarkConfig:
 
     model: str = option("pixio_vits16_enc384x12h6_dec256x4h8", "pre-training model, see `pixio info`")
     folder: str | None = option(None, "where to write; a temporary folder by default")
-    rounds: int = option(3, "measurements of each way, after the first", ge=1)
+    rounds: int = option(3, "measurements of each method, after the first", ge=1)
     device: str = option("auto", "auto, cpu, cuda, mps")
 
 

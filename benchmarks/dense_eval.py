@@ -33,15 +33,15 @@ class BenchmarkConfig:
 
     encoder: str = option("pixio_vitb16", "pixio_… or timm/NAME, with random weights")
     head: Literal["linear", "dpt"] = option("linear", "kind of head")
-    batch_size: int = option(4, "crops of a batch", ge=1)
-    batches_per_step: int = option(8, "batches of a step", ge=1)
-    height: int = option(426, "of the image, pixels", ge=1)
-    width: int = option(560, "of the image, pixels", ge=1)
+    batch_size: int = option(4, "crops per batch", ge=1)
+    batches_per_step: int = option(8, "batches per step", ge=1)
+    height: int = option(426, "height of the image, pixels", ge=1)
+    width: int = option(560, "width of the image, pixels", ge=1)
     size: int = option(256, "side of a crop and of a window, pixels", ge=1)
     window_batch: int = option(16, "windows in a batch", ge=1)
-    repeats: int = option(5, "measurements of either side", ge=1)
+    repeats: int = option(5, "measurements of each side", ge=1)
     device: str = option("auto", "auto, cpu, cuda, mps")
-    dtype: Literal["bf16", "fp16", "fp32"] = option("fp32", "what autocast computes in")
+    dtype: Literal["bf16", "fp16", "fp32"] = option("fp32", "autocast dtype")
 
 
 def train_ways(config: BenchmarkConfig, runtime: Runtime) -> tuple[Callable[[], float], Callable[[], float]]:

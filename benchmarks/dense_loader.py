@@ -44,10 +44,10 @@ SETS = {
 class BenchmarkConfig:
     """Time the loader of dense evaluation against the plain path."""
 
-    photos: Path | None = option(None, "folder of photographs; scikit-image's when left out")
+    photos: Path | None = option(None, "folder of photographs; by default those of scikit-image")
     sets: tuple[str, ...] = option(tuple(SETS), "data sets whose formats are timed")
     items: int = option(24, "files of each set", ge=1)
-    quality: int = option(90, "of JPEGs", ge=1, le=100)
+    quality: int = option(90, "JPEG quality", ge=1, le=100)
 
 
 def write_set(name: str, root: Path, config: BenchmarkConfig, photos: list[Image.Image]) -> list[Pair]:

@@ -34,16 +34,18 @@ class BenchmarkConfig:
 
     output: Path = option(Path("runs/few_labels"), "folder of all runs, and of the results")
     labels: tuple[int, ...] = option((20, 80, 320, 800), "numbers of labeled images", ge=1)
-    seeds: int = option(3, "runs of each", ge=1)
+    seeds: int = option(3, "runs of each setting", ge=1)
     lr: tuple[float, ...] = option((5e-4, 1.5e-3), "peak learning rates of encoder and head", gt=0)
-    steps: int = option(600, "of each run, 16 crops each", ge=1)
+    steps: int = option(600, "steps of each run, with 16 crops each", ge=1)
     val: int = option(200, "held-out scenes", ge=1)
     size: int = option(64, "side of the scenes in pixels", ge=8)
-    encoder: str = option("pixio_vitpico8", "which encoder")
-    pretrained: str | None = option(None, "its weights; none = pre-trained here, on scenes without labels")
-    pretrain_steps: int = option(1500, "of the pre-training, 64 images each", ge=1)
+    encoder: str = option("pixio_vitpico8", "encoder to train")
+    pretrained: str | None = option(
+        None, "weights of the encoder; none: pre-train it first, on unlabeled scenes"
+    )
+    pretrain_steps: int = option(1500, "steps of the pre-training, with 64 images each", ge=1)
     pretrain_lr: float = option(1e-3, "peak learning rate of the pre-training; see docs/health.md", gt=0)
-    num_workers: int = option(0, "loading processes", ge=0)
+    num_workers: int = option(0, "data-loading processes", ge=0)
     device: str = option("auto", "auto, cpu, mps or a GPU")
 
 

@@ -98,7 +98,7 @@ def measure(count: int, ways: dict[str, Callable[[], None]]) -> dict[str, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--photos", type=Path, help="folder of photographs; scikit-image's when left out")
+    parser.add_argument("--photos", type=Path, help="folder of photographs; by default those of scikit-image")
     parser.add_argument("--quality", type=int, default=75, help="of the JPEGs (75 is Pillow's default)")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--size", type=int, nargs=2, default=[16384, 4096], help="width and height, pixels")
     parser.add_argument("--window_batch", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--pictures", action="store_true", help="draw them, too")
+    parser.add_argument("--pictures", action="store_true", help="also draw pictures")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)

@@ -36,14 +36,14 @@ class BenchmarkConfig:
     """Time pre-training steps."""
 
     model: str = option("pixio_vits16_enc384x12h6_dec256x4h8", "pre-training model, see `pixio info`")
-    batch_size: int = option(64, "images of a step", ge=1)
-    steps: int = option(10, "steps of a measurement", ge=1)
-    rounds: int = option(3, "measurements of each way", ge=1)
+    batch_size: int = option(64, "images per step", ge=1)
+    steps: int = option(10, "steps per measurement", ge=1)
+    rounds: int = option(3, "measurements of each variant", ge=1)
     ways: tuple[Literal["plain", "eager", "compiled"], ...] = option(
-        ("plain", "eager", "compiled"), "what is measured"
+        ("plain", "eager", "compiled"), "variants to measure"
     )
     device: str = option("auto", "auto, cpu, cuda, mps")
-    dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", "what autocast computes in")
+    dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", "autocast dtype")
 
 
 def plain_way(config: BenchmarkConfig, runtime: Runtime, pixels: Tensor) -> Step:

@@ -14,9 +14,9 @@ class DistillConfig(TrainConfig):
 
     teacher_model: str = option("pixio_vit5b16", "pixio_…, timm/NAME or hf/FOLDER")
     teacher_pretrained: str | None = option(None, "weight file of the teacher; not needed for hf/FOLDER")
-    resize_teacher: bool = option(False, "interpolate the feature map of a teacher whose patch size differs")
+    resize_teacher: bool = option(False, "interpolate the teacher's feature map if its patch size differs")
     feature_cache: str | None = option(
-        None, "folder to store teacher features in, computed once, without augmentation"
+        None, "folder for cached teacher features, computed once, without augmentation"
     )
     student_models: tuple[str, ...] = option(
         ("pixio_vit1b16", "pixio_vith16"), "encoders to train, see `pixio info`", aliases=("student_model",)
@@ -41,13 +41,14 @@ class DistillConfig(TrainConfig):
         (0.0,), "stochastic depth rate of the last block, per student", ge=0, lt=1
     )
     drop_path_mode: Literal["exact", "skip"] = option(
-        "exact", "drop for each image by chance, or skip the work of a fixed number of images"
+        "exact",
+        "exact: drop branches of each image at random; skip: compute them for a fixed number of images only",
     )
-    num_workers: int = option(10, "loading processes per rank", ge=0)
+    num_workers: int = option(10, "data-loading processes per rank", ge=0)
     lr: tuple[float, ...] | None = option(
         None, "peak learning rate, per student; by default from --blr", gt=0
     )
-    blr: tuple[float, ...] = option((1e-3,), "peak learning rate per 256 images of a step, per student", gt=0)
+    blr: tuple[float, ...] = option((1e-3,), "peak learning rate for 256 images per step, per student", gt=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -30,7 +30,7 @@ class TableConfig:
     """
 
     folders: tuple[Path, ...] = option(
-        (Path("runs"),), "folders, all results in them and their subfolders are read", positional=True
+        (Path("runs"),), "folders to search, with their subfolders, for results.json", positional=True
     )
 
 

@@ -50,14 +50,14 @@ class ClassifyConfig(TrainingConfig):
     encoder: str = option("pixio_vith16", "pixio_… or timm/NAME; hf/FOLDER if frozen", aliases=("model",))
     probe: Literal["linear", "attentive"] = option(
         "linear",
-        "linear: BatchNorm and a linear layer on the mean class token; attentive: attention pooling before",
+        "linear: BatchNorm and a linear layer on the mean class token; attentive: with attention pooling",
     )
     data_path: str = option(
         "data/imagenet", "folder with train/CLASS/* and val/CLASS/*, or tars", aliases=("data_root",)
     )
     input_size: int = option(256, "crop size in pixels, rounded down to a multiple of the patch size", ge=1)
     epochs: int = option(50, "passes over the training images", ge=1)
-    warmup_epochs: int = option(5, "linear warm-up from 0", ge=0)
+    warmup_epochs: int = option(5, "epochs of linear warm-up from 0", ge=0)
     batch_size: int = option(32, "images per batch; mixup and cutmix mix within it", ge=2)
     lr: float = option(
         1e-3,
@@ -69,15 +69,15 @@ class ClassifyConfig(TrainingConfig):
     # augmentation; none = MAE's where some of the encoder is trained, else crops and mirroring alone
     rand_augment: str | None = option(
         None,
-        "RandAugment in timm's notation, or off; by default rand-m9-mstd0.5-inc1, off for a frozen encoder",
+        "RandAugment in timm's notation, or off; by default rand-m9-mstd0.5-inc1, or off if frozen",
     )
-    mixup: float | None = option(None, "alpha of mixup; by default 0.8, 0 for a frozen encoder", ge=0)
-    cutmix: float | None = option(None, "alpha of cutmix; by default 1, 0 for a frozen encoder", ge=0)
+    mixup: float | None = option(None, "alpha of mixup; by default 0.8, or 0 with a frozen encoder", ge=0)
+    cutmix: float | None = option(None, "alpha of cutmix; by default 1, or 0 with a frozen encoder", ge=0)
     smoothing: float | None = option(
-        None, "label smoothing; by default 0.1, 0 for a frozen encoder", ge=0, lt=1
+        None, "label smoothing; by default 0.1, or 0 with a frozen encoder", ge=0, lt=1
     )
     erasing: float | None = option(
-        None, "probability of random erasing; by default 0.25, 0 for a frozen encoder", ge=0, le=1
+        None, "probability of random erasing; by default 0.25, or 0 with a frozen encoder", ge=0, le=1
     )
 
     def __post_init__(self) -> None:

@@ -44,7 +44,7 @@ class KnnConfig(EvaluationConfig):
         "cls: mean of the class (and register) tokens; first: only the first; patch: mean patch token",
     )
     per_block: bool = option(
-        False, "also compute the metrics of every block, with a plot; stores features of all blocks"
+        False, "also compute and plot the metrics of every block; stores the features of all blocks"
     )
     # data
     data_path: str = option(
@@ -52,7 +52,7 @@ class KnnConfig(EvaluationConfig):
     )
     input_size: int = option(
         256,
-        "shorter side after resizing, and side of the central crop, lowered to a multiple of the patch size",
+        "shorter side after resizing and side of the center crop, rounded down to whole patches",
         ge=1,
     )
     num_workers: int = option(10, "data-loading processes per rank", ge=0)

@@ -35,7 +35,9 @@ class DepthConfig(DenseConfig):
     min_depth: float = option(0.001, "smallest depth that is scored, in meters", gt=0)
     max_depth: float = option(10.0, "largest depth that is scored and can be predicted, in meters", gt=0)
     depth_scale: float | None = option(
-        None, "depth PNG values per meter; 1000 for folders (.npy files are in meters)", gt=0
+        None,
+        "depth PNG values per meter; by default 1000 for --dataset folder (.npy files are in meters)",
+        gt=0,
     )
 
     def __post_init__(self) -> None:

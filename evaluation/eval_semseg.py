@@ -35,7 +35,7 @@ class SegmentationConfig(DenseConfig):
     nclass: int = option(
         help="number of classes; masks hold 0 to nclass - 1, or 255 = ignored", ge=1, le=IGNORE
     )
-    class_names: tuple[str, ...] = option((), "names of the classes, for folders")
+    class_names: tuple[str, ...] = option((), "names of the classes, for --dataset folder")
     reduce_zero_label: bool = option(
         False, "class ids in masks start at 1 and 0 is ignored, as in the original annotations of ADE20K"
     )

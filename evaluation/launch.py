@@ -15,14 +15,14 @@ Result = TypeVar("Result")
 class EvaluationConfig:
     """Settings of all evaluations."""
 
-    config: str | None = option(None, "YAML file with any of these; the command line wins")
+    config: str | None = option(None, "YAML file with any of these options; the command line overrides it")
     pretrained_ckp: str | None = option(
-        None, "weight file of the encoder; none: random weights, or those in the folder", ("pretrained",)
+        None, "weight file of the encoder; none: random weights, or those in hf/FOLDER", ("pretrained",)
     )
     output_dir: str | None = option(None, "output folder; by default one in runs/, named after the run")
     device: str = option("auto", "auto, cpu, mps or a GPU")
     dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", "autocast dtype")
-    deterministic: bool = option(False, "bitwise reproducible on GPUs too, with slower kernels")
+    deterministic: bool = option(False, "bitwise reproducible results on GPUs too, with slower kernels")
     port: int | None = option(None, "rendezvous port, if the launcher does not set one", ge=1, le=65_535)
     local_rank: int | None = option(
         None,

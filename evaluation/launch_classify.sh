@@ -9,19 +9,19 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR2@120
 #SBATCH --requeue
-# Classification of ImageNet, frozen or fine-tuned, on one node; docs/fine_tuning.md.
+# ImageNet classification with a frozen or a fine-tuned encoder, on one node; docs/fine_tuning.md.
 #
 #   sbatch launch_classify.sh pixio_vith16 pixio_vith16.pth --train_blocks 4 --drop_path 0.3
-#   sbatch --account mine --qos high launch_classify.sh …         options of your cluster
+#   sbatch --account mine --qos high launch_classify.sh …         with options for your cluster
 #   GPUS=8 bash launch_classify.sh …                              without SLURM; without GPUS, one process
 # Submit it from this folder or from the root of the repository.
 # Further flags are passed on and override the defaults: … --data_path /data/imagenet --probe attentive
 set -euo pipefail
 if [ $# -lt 2 ]; then
-    echo "usage: launch_classify.sh ENCODER WEIGHTS [FLAGS…]   (WEIGHTS none = random)" >&2
+    echo "usage: launch_classify.sh ENCODER WEIGHTS [FLAGS…]   (WEIGHTS none: random weights)" >&2
     exit 2
 fi
-# SLURM runs a copy of this script from elsewhere: look in the folder of submission, or in evaluation/ below it.
+# SLURM runs a copy of this script from elsewhere: look where the job was submitted, or in evaluation/ below it.
 here="$(realpath "$(dirname "${BASH_SOURCE[0]}")")"
 [ -f "$here/launch_common.sh" ] || here="$SLURM_SUBMIT_DIR"
 [ -f "$here/launch_common.sh" ] || here="$here/evaluation"

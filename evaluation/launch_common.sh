@@ -1,7 +1,7 @@
-# Sourced by launch_*.sh, which set `here` to this folder: starts a program of this folder under SLURM, on several
-# GPUs of one node (GPUS=4 bash launch_….sh …), or in one process.
+# Sourced by launch_*.sh, which set `here` to this folder. Starts a program of this folder under SLURM, on several GPUs
+# of one node (GPUS=4 bash launch_….sh …), or in one process.
 
-# A path as seen from where the job was submitted; names that are not files are returned as they are.
+# A path as seen from where the job was submitted; a name that is not a file is returned unchanged.
 absolute() {
     if [ -e "$1" ]; then realpath -- "$1"; else printf '%s\n' "$1"; fi
 }

@@ -12,16 +12,16 @@
 # k-NN on ImageNet with a frozen encoder on one node; docs/evaluation.md.
 #
 #   sbatch launch_knn.sh pixio_vith16 pixio_vith16.pth
-#   sbatch --account mine --qos high launch_knn.sh …              options of your cluster
+#   sbatch --account mine --qos high launch_knn.sh …              with options for your cluster
 #   GPUS=8 bash launch_knn.sh …                                   without SLURM; without GPUS, one process
 # Submit it from this folder or from the root of the repository.
 # Further flags are passed on and override the defaults: … --data_path /data/imagenet --per_block
 set -euo pipefail
 if [ $# -lt 2 ]; then
-    echo "usage: launch_knn.sh ENCODER WEIGHTS [FLAGS…]   (WEIGHTS none = random)" >&2
+    echo "usage: launch_knn.sh ENCODER WEIGHTS [FLAGS…]   (WEIGHTS none: random weights)" >&2
     exit 2
 fi
-# SLURM runs a copy of this script from elsewhere: look in the folder of submission, or in evaluation/ below it.
+# SLURM runs a copy of this script from elsewhere: look where the job was submitted, or in evaluation/ below it.
 here="$(realpath "$(dirname "${BASH_SOURCE[0]}")")"
 [ -f "$here/launch_common.sh" ] || here="$SLURM_SUBMIT_DIR"
 [ -f "$here/launch_common.sh" ] || here="$here/evaluation"

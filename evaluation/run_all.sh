@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All ten dense evaluations and k-NN of one encoder: eleven SLURM jobs, or one after another without SLURM.
+# All ten dense evaluations and k-NN of one encoder: eleven SLURM jobs, or without SLURM one after another on this machine.
 #
 #   bash run_all.sh pixio_vith16 pixio_vith16.pth
 #   GPUS=8 bash run_all.sh …                          one after another on this machine, even with SLURM
@@ -7,7 +7,7 @@
 # DENSE_FLAGS and KNN_FLAGS are appended to the commands, SBATCH_FLAGS to sbatch: DENSE_FLAGS="--epochs 1" bash …
 set -euo pipefail
 if [ $# -ne 2 ]; then
-    echo "usage: run_all.sh ENCODER WEIGHTS   (WEIGHTS none = random)" >&2
+    echo "usage: run_all.sh ENCODER WEIGHTS   (WEIGHTS none: random weights)" >&2
     exit 2
 fi
 here="$(realpath "$(dirname "${BASH_SOURCE[0]}")")"

@@ -45,7 +45,7 @@ class TrainingConfig(EvaluationConfig):
     )
     batches_per_step: int = option(
         8,
-        "such batches per optimizer step, divided among the ranks: in the recipes, 8 GPUs with one each",
+        "batches per optimizer step, divided among the ranks (in the recipes: one on each of 8 GPUs)",
         ge=1,
     )
     lr: float = option(1e-4, "peak learning rate, for any number of ranks", gt=0)
@@ -59,12 +59,14 @@ class TrainingConfig(EvaluationConfig):
     encoder_lr: float | None = option(
         None, "peak learning rate of the trained blocks; by default a tenth of --lr", gt=0
     )
-    layer_decay: float = option(0.75, "factor on the learning rate from each block to the one before", gt=0)
+    layer_decay: float = option(
+        0.75, "factor on the learning rate from each block to the one before it", gt=0
+    )
     drop_path: float = option(
         0.0, "stochastic depth rate of the last encoder block, if it is trained", ge=0, lt=1
     )
     # run
-    eval_freq: int = option(1, "epochs between evaluations; the last epoch always ends with one", ge=1)
+    eval_freq: int = option(1, "epochs between evaluations; also after the last epoch", ge=1)
     save_minutes: float = option(
         10.0, "minutes between checkpoints within an epoch; 0 = only at its end", ge=0
     )

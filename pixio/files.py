@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and JSON: what every room that writes stands on."""
+"""Files that are whole or absent, and JSON: what everything that writes builds on."""
 
 import errno
 import io

@@ -61,10 +61,10 @@ class CurateConfig:
     """Compute the curation statistics of web tars. `curate.py report` shows what they keep and drop."""
 
     data_path: str = option(help="folder with tars, or their URLs")
-    json_path: str = option(help="folder for the statistics")
+    json_path: str = option(help="folder to write the statistics to")
     checkpoint: str | None = option(None, "training checkpoint of the model that computes the loss")
     only: str = option("size,entropy,loss", "scores to compute, separated by commas")
-    mask_draws: int = option(4, "masks per image; 4 with ratio 0.75 show each patch once", ge=1)
+    mask_draws: int = option(4, "masks per image; 4 at ratio 0.75 show each patch once", ge=1)
     mask_ratio: float = option(0.75, "share of masked cells", gt=0, lt=1)
     seed: int = option(0, "random seed of the masks", ge=0)
     batch_size: int = option(64, "images per forward pass", ge=1)
@@ -103,7 +103,7 @@ class ReportConfig:
     data_path: str = option(help="folder with tars, or their URLs")
     json_path: str = option(help="folder with the statistics")
     output: str = option("curation_report", "folder for report.json and the pictures")
-    hist_thresh: float = option(4.5, "drop images whose histogram_score is not above this", ge=0)
+    hist_thresh: float = option(4.5, "drop images with a histogram_score of at most this", ge=0)
     imgres_thresh: int = option(320, "drop images with a side below this, in pixels", ge=0)
     max_tars: int = option(100, "number of tars to sample, evenly spread over the data set", ge=1)
     images: int = option(48, "images on each contact sheet", ge=1)

@@ -55,15 +55,15 @@ class PretrainConfig(TrainConfig):
     drop_path: float = option(0.0, "stochastic depth rate of the last encoder block", ge=0, lt=1)
     drop_path_mode: Literal["exact", "skip"] = option(
         "exact",
-        "exact: drop branches of each image at random; skip: a fixed number of images skips their work",
+        "exact: drop branches of each image at random; skip: compute them for a fixed number of images only",
     )
-    init_encoder: str | None = option(None, "encoder file to start from; the decoder starts fresh")
+    init_encoder: str | None = option(None, "encoder weights to start from; the decoder is newly initialized")
     init_mae: str | None = option(
-        None, "training checkpoint, ours or the release's, to start from with encoder and decoder"
+        None, "training checkpoint, of this code or the release, whose encoder and decoder to start from"
     )
     freeze_encoder_steps: int = option(0, "train only the decoder for this many steps first", ge=0)
-    val_data: str | None = option(None, "folder of held-out images, whose loss is also logged")
-    val_freq: int = option(500, "steps between evaluations of --val_data; the last step always has one", ge=1)
+    val_data: str | None = option(None, "folder of held-out images (256 at most), whose loss is also logged")
+    val_freq: int = option(500, "steps between evaluations of --val_data; also after the last step", ge=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

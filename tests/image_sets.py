@@ -1,4 +1,4 @@
-"""Small image sets for the tests of the data and images rooms: tars, folders, statistics, damage."""
+"""Small image sets for the tests of `pixio.data` and `pixio.images`: tars, folders, statistics, damage."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The arrows between the rooms (who may import whom), checked from the source and in fresh interpreters."""
+"""Which subpackage may import which, checked from the source and in fresh interpreters."""
 
 import ast
 import re
@@ -29,8 +29,8 @@ def files(*folders: str) -> list[Path]:
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
-def room(module: str) -> str:
-    """The room of a module of ours, `pixio` for the package itself: pixio.models.mae -> models."""
+def subpackage(module: str) -> str:
+    """The subpackage of a module of ours, `pixio` for the package itself: pixio.models.mae -> models."""
     return module.split(".")[min(1, module.count("."))]
 
 
@@ -46,8 +46,8 @@ def plain_names(tree: str) -> set[str]:
     return {path.stem for path in (ROOT / tree).iterdir() if path.suffix == ".py" or path.is_dir()}
 
 
-# From above to below; a room imports from the rows below its own, and `pixio` itself (its public names) is
-# imported by commands alone.
+# From above to below; a subpackage imports from the rows below its own, and `pixio` itself (its public names)
+# is imported by commands alone.
 ROWS = (
     ("__main__",),
     ("cli",),
@@ -62,23 +62,23 @@ ROWS = (
 )
 
 
-def test_every_room_imports_from_the_rooms_below_it_only():
-    height = {name: -row for row, rooms in enumerate(ROWS) for name in rooms}
+def test_every_subpackage_imports_only_from_the_rows_below_its_own():
+    height = {name: -row for row, subpackages in enumerate(ROWS) for name in subpackages}
     for module, imported in modules().items():
         for other in imported:
-            if room(module) != room(other):
-                assert height[room(other)] < height[room(module)], f"{module} imports {other}"
+            if subpackage(module) != subpackage(other):
+                assert height[subpackage(other)] < height[subpackage(module)], f"{module} imports {other}"
 
 
 def test_the_engine_imports_nothing_of_ours_but_files():
     for module, imported in modules().items():
-        if room(module) == "engine":
-            assert {room(other) for other in imported} <= {"engine", "files"}, module
+        if subpackage(module) == "engine":
+            assert {subpackage(other) for other in imported} <= {"engine", "files"}, module
 
 
 def test_data_and_weights_know_no_rank_and_no_device():
     for module, imported in modules().items():
-        if room(module) in ("data", "weights"):
+        if subpackage(module) in ("data", "weights"):
             assert not imported & {f"pixio.engine.{name}" for name in ("runtime", "ranks", "parallel")}, (
                 module
             )

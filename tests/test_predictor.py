@@ -354,7 +354,10 @@ def test_what_is_exported_gives_classes_too(runs):
     ("flags", "message"),
     [
         ("{runs}/depth/head.pth out --to timm", "is a head: use --to onnx"),
-        ("{runs}/encoder.pth out.onnx --to onnx --pretrained x", "is no head, to which --pretrained belongs"),
+        (
+            "{runs}/encoder.pth out.onnx --to onnx --pretrained x",
+            "is not a head, and --pretrained is only for heads",
+        ),
     ],
 )
 def test_what_a_head_does_not_convert_to_is_said(runs, tmp_path, monkeypatch, capsys, flags, message):

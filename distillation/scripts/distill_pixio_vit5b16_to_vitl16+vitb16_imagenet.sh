@@ -7,7 +7,8 @@
 #   hours      about 100 hours on h100 (computed by pixio plan at 40 % MFU); 642,000 steps
 #              (400 x 1,605, as released; the paper says 500,000)
 #   expect     released models, k-NN / NYUv2 DPT RMSE: L 67.7 / 0.286, B 64.0 / 0.373 (paper)
-# This is the recipe of the larger students, but without masking; further flags are passed on and override those below.
+# This is the recipe of the larger students, with whole images and less stochastic depth.
+# Further flags are passed on and override those below.
 set -euo pipefail
 exec bash "$(dirname "${BASH_SOURCE[0]}")/distill_pixio_vit5b16_to_vit1b16+vith16_imagenet.sh" \
     --job_dir exp/pixio_vit5b16_to_vitl16+vitb16_imagenet --job_name pixio_vit5b16_to_vitl16+vitb16_imagenet \

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pixio-S/16 and Pixio-Ti/16 from the released L/16 on one machine with one GPU or several. Ours, not published.
+# Pixio-S/16 and Pixio-Ti/16 from the released L/16 on one machine with one GPU or several. Our own recipe, not a published one.
 #
 #   command    cd distillation && TEACHER=/weights/pixio_vitl16.pth IMAGENET_TARS=/data/imagenet-1k-wds \
 #                  bash scripts/distill_pixio_vitl16_to_vits16+vitti16_onegpu.sh

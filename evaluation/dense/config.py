@@ -15,12 +15,12 @@ class DenseConfig(TrainingConfig):
 
     encoder: str = option("pixio_vith16", "pixio_…, timm/NAME or hf/FOLDER", aliases=("model",))
     cls_concat: Literal["mean", "none"] = option(
-        "mean", "concatenated with each patch token: the mean of the class (and register) tokens, or nothing"
+        "mean", "mean: append the mean of the class (and register) tokens to each patch token; none: do not"
     )
     # data
     data_root: str = option("", "folder with the data set")
     train_split_file: str | None = option(
-        None, "list of `IMAGE TARGET` lines, instead of the standard training split"
+        None, "file of `IMAGE TARGET` lines, instead of the standard training split"
     )
     val_split_file: str | None = option(None, "the same for the validation split")
     expect_count: bool = option(
@@ -31,7 +31,7 @@ class DenseConfig(TrainingConfig):
     )
     # head
     head: str = option("dpt", "linear, dpt, or the file of a trained head for --eval_only")
-    eval_only: bool = option(False, "train nothing: evaluate --head FILE")
+    eval_only: bool = option(False, "only evaluate --head FILE, without training")
     crop_size: int = option(
         256, "size of crops and windows in pixels, rounded down to a multiple of the patch size", ge=1
     )

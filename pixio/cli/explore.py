@@ -21,7 +21,7 @@ class Explore(EncoderOptions):
     output: Path = option(Path("explore.html"), "page to write")
     size: int | None = option(512, "input size of the encoder in pixels, see --fit", ge=1)
     blocks: tuple[int, ...] | None = option(
-        None, "block ids, negative ones count from the end; by default four, evenly spaced"
+        None, "block ids (negative: from the end); by default four, evenly spaced"
     )
 
     def __post_init__(self) -> None:

@@ -30,7 +30,7 @@ class Features(EncoderOptions):
     )
     output: Path = option(
         Path("features.npz"),
-        ".npz or .safetensors: one file, of what fits in memory; else a folder, where a stopped run resumes",
+        ".npz or .safetensors: one file, held in memory until the end; else a folder, which allows resuming",
     )
     arrays: tuple[str, ...] = option(
         ("patch_tokens", "embedding"),

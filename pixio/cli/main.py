@@ -81,7 +81,7 @@ class Convert:
             print(write_onnx(predictor, self.target, self.batch, self.size))
             return
         if self.pretrained:
-            raise ValueError(f"{self.source} is no head, to which --pretrained belongs: leave it out")
+            raise ValueError(f"{self.source} is not a head, and --pretrained is only for heads: leave it out")
         model = pixio.from_pretrained(self.source, self.num_heads, dtype=None)
         print(export(model, self.target, self.to, self.batch, self.size, self.cls))
 
@@ -90,12 +90,13 @@ class Convert:
 class Plan:
     """Estimate what training needs: memory for each way of sharding, FLOPs, seconds per step, GPU-hours.
 
-    For several models, the students of a distillation, it is what they need together.
+    For several models, the students of a distillation, the estimate is for all of them together.
     """
 
     example = "pixio_vit5b16_enc3072x48h32_dec512x32h16 --gpus 256 --batch 64 --steps 1284000"
     models: tuple[str, ...] = option(
-        help="pre-training model, or encoders: the students of --teacher, see `pixio info`", positional=True
+        help="pre-training model, or the encoders to distill from --teacher; see `pixio info`",
+        positional=True,
     )
     teacher: str | None = option(None, "teacher from which the models are distilled")
     gpus: int = option(1, "number of GPUs, one process each", ge=1)

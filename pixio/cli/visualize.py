@@ -150,7 +150,9 @@ class Curves:
     logs: tuple[str, ...] = option(help="log.jsonl files, or the folders that contain them", positional=True)
     output: Path = option(Path("curves.png"), "picture to write")
     expect: Path | None = option(None, "JSON file with points of an expected run to draw on top")
-    save_expected: Path | None = option(None, "JSON file for --expect to write, from the one run given")
+    save_expected: Path | None = option(
+        None, "JSON file to write, with points of the one run given, for --expect"
+    )
 
     def __post_init__(self) -> None:
         check_new_file(self.output, PICTURES)

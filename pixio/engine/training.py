@@ -34,18 +34,18 @@ class TrainConfig:
     )
     data_path: str = option("", "folder with tars or images; not used for scenes")
     image_suffix: str | None = option(
-        None, "read only names that end in this, such as .jpg; by default all images"
+        None, "read only files whose names end in this, such as .jpg; by default all images"
     )
     json_path: str | None = option(None, "folder with the curation statistics of web tars")
     soft_sampling: bool = option(False, "keep an image with probability min(mae_loss, 1) at each visit")
-    hist_thresh: float | None = option(None, "drop images whose histogram_score is not above this", ge=0)
+    hist_thresh: float | None = option(None, "drop images with a histogram_score of at most this", ge=0)
     imgres_thresh: int | None = option(None, "drop images with a side below this, in pixels", ge=0)
     input_size: int = option(256, "crop size in pixels, which becomes the native size of the model", ge=1)
     crop_scale_min: float = option(
         0.2, "smallest area of a random crop, as a fraction of the image", gt=0, le=1
     )
     decode: Literal["fast", "exact"] = option(
-        "fast", "exact: decode whole images at full resolution, with Pillow"
+        "fast", "fast: decode only what a crop needs; exact: whole images at full resolution, with Pillow"
     )
     num_workers: int = option(6, "data-loading processes per rank", ge=0)
     pin_mem: bool = option(True, "use pinned memory for faster transfers to the GPU")
@@ -54,9 +54,9 @@ class TrainConfig:
     accum_iter: int = option(1, "forward passes per step", ge=1)
     epochs: int = option(400, "length of the run, in epochs of --iters_per_epoch steps", ge=1)
     iters_per_epoch: int = option(1605, "steps per epoch", aliases=("iter_per_epoch",), ge=1)
-    warmup_epochs: int = option(40, "linear warm-up from 0", ge=0)
+    warmup_epochs: int = option(40, "epochs of linear warm-up from 0", ge=0)
     lr: float | None = option(None, "peak learning rate; by default blr x images per step / 256", gt=0)
-    blr: float = option(2.5e-5, "base learning rate: peak learning rate per 256 images of a step", gt=0)
+    blr: float = option(2.5e-5, "base learning rate: the peak for 256 images per step", gt=0)
     min_lr: float = option(0.0, "learning rate at the end", ge=0)
     weight_decay: float = option(0.05, "AdamW decay of weights, not of biases and norms", ge=0)
     clip_grad: float | None = option(
@@ -64,7 +64,7 @@ class TrainConfig:
     )
     position_init: Literal["normal", "sincos"] = option(
         "normal",
-        "initial position embeddings: small noise as published, or MAE's sine-cosine tables, for short runs",
+        "initial position embeddings; normal: small noise, as published; sincos: MAE's, for short runs",
     )
     seed: int = option(0, "random seed of weights, sample order, crops and masks", ge=0)
     # run
@@ -91,9 +91,9 @@ class TrainConfig:
     dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", "autocast dtype")
     compile: bool | None = option(None, "compile the blocks with torch.compile; by default on GPUs only")
     parallel: Literal["ddp", "fsdp", "hybrid"] = option(
-        "ddp", "replicate the model on each GPU, shard it over all GPUs, or shard it within each node"
+        "ddp", "ddp: a full copy on each GPU; fsdp: sharded over all GPUs; hybrid: sharded within each node"
     )
-    deterministic: bool = option(False, "bitwise reproducible on GPUs too, with slower kernels")
+    deterministic: bool = option(False, "bitwise reproducible results on GPUs too, with slower kernels")
     grad_checkpointing: bool = option(False, "activation checkpointing: much less memory, a third more time")
     world_size: int | None = option(None, "number of processes, if started by hand; launchers set it", ge=1)
     local_rank: int | None = option(

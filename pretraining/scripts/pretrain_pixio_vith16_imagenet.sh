@@ -4,7 +4,7 @@
 #   command    cd pretraining && IMAGENET_TARS=/data/imagenet-1k-wds bash scripts/pretrain_pixio_vith16_imagenet.sh
 #   hardware   16 nodes x 8 GPUs of 80 GB under SLURM; with fewer, keep 8,192 images per step with --accum_iter
 #   hours      about 13 hours on h100 (computed by pixio plan at 40 % MFU); 642,000 steps
-#   expect     no published number for this exact preset; pretrain_pixio_vith16_ablation.sh has one
+#   expect     no published number for these exact settings; pretrain_pixio_vith16_ablation.sh has one
 # Further flags are passed on and override those below: … --partition gpu --account mine --epochs 100
 # The same command resumes a run that ended early; the logs of all attempts are in exp/….
 set -euo pipefail

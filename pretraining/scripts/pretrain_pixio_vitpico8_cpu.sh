@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Pixio-pico/8 on a laptop's CPU, from rendered scenes: nothing to download. Ours; the demo in an hour instead of minutes.
+# Pixio-pico/8 on a laptop's CPU, from rendered scenes: nothing to download. Our own recipe: the demo, larger and an hour long.
 #
 #   command    cd pretraining && bash scripts/pretrain_pixio_vitpico8_cpu.sh
 #              your own images: … --dataset_type folder --data_path /data/photos
 #   hardware   two CPU cores
-#   hours      about 1 on one core, computed: 6,000 steps of 64 images at 102 images/s, measured on a busy AMD EPYC
-#   health     at lr 1e-3 the variance is lowest at step 1,120, 0.065, and 0.18 at step 4,940: docs/health.md
+#   hours      about 1 on one core, computed: 6,000 steps of 64 images at the 102 images/s measured on a busy AMD EPYC
+#   health     at lr 1e-3 the variance has its minimum, 0.065, at step 1,120, and is 0.18 at step 4,940: docs/health.md
 #   expect     training loss 0.63 around step 4,900; `benchmarks/hour.py RUN` measures what it has learned
-# Further flags are passed on, and the last one wins. The same command resumes a run that was stopped.
+# Further flags are passed on and override those below. The same command resumes a run that was stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pixio-S/16 on one machine with one GPU or several, from ImageNet tars. Ours, not published.
+# Pixio-S/16 on one machine with one GPU or several, from ImageNet tars. Our own recipe, not a published one.
 #
 #   command    cd pretraining && IMAGENET_TARS=/data/imagenet-1k-wds bash scripts/pretrain_pixio_vits16_onegpu.sh
 #              a folder of your own images: … --dataset_type folder --data_path /data/photos
