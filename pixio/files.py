@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and JSON: what everything that writes builds on."""
+"""Atomic writes (a file is complete or absent), JSON, and checks of files from untrusted sources."""
 
 import errno
 import io
@@ -25,12 +25,16 @@ def write_atomic(path: str | os.PathLike, writer: Callable[[BinaryIO], object]) 
         writer: called once with the binary file to write to, which can seek but not read.
 
     Raises:
-        OSError: the disk refused (a full one: with the bytes needed and free); `path` is what it was and
-            nothing is left beside it.
+        OSError: writing failed (on a full disk the message has the bytes needed and free); `path` is what it
+            was and nothing is left beside it.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    measured = _MeasuredFile(temporary)
+    try:
+        measured = _MeasuredFile(open(temporary, "wb", buffering=0))  # noqa: SIM115 (closed by its `close`)
+    except OSError as error:
+        error.filename = str(path)  # the name that the caller knows
+        raise disk_full(error, path) or error from None
     try:
         with measured, io.BufferedWriter(measured) as file:
             writer(file)
@@ -39,7 +43,7 @@ def write_atomic(path: str | os.PathLike, writer: Callable[[BinaryIO], object]) 
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if full := disk_full(measured.refusal or error, path, measured.size):
+        if full := disk_full(measured.error or error, path, measured.size):
             raise full from error
         raise
     fsync(path.parent)
@@ -56,7 +60,7 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
 
 
 def finite(content: Any) -> Any:
-    """`content` with None for each number that is not finite: JSON knows none, but null."""
+    """`content` with None (null in JSON) for each number that is not finite: JSON has no NaN or infinity."""
     if isinstance(content, dict):
         return {name: finite(part) for name, part in content.items()}
     if isinstance(content, (list, tuple)):
@@ -65,7 +69,7 @@ def finite(content: Any) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a small JSON file, which may be anybody's.
+    """The object in a small JSON file, which may come from an untrusted source.
 
     Raises:
         ValueError: too large, unreadable, or not an object.
@@ -83,25 +87,25 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_archive(path: Path) -> None:
-    """Refuse a zip archive that unfolds to more than it is: what torch writes is not compressed.
+    """Refuse a compressed zip archive, which may be a zip bomb: `torch.save` stores its data uncompressed.
 
     Raises:
-        ValueError: it does.
-        zipfile.BadZipFile: it is none.
+        ValueError: its members are larger than the file.
+        zipfile.BadZipFile: it is not a zip archive.
     """
     size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
-        unfolded = sum(part.file_size for part in archive.infolist())
-    if unfolded > size:
-        raise ValueError(f"a compressed archive, {unfolded:,} bytes in {size:,}")
+        uncompressed = sum(member.file_size for member in archive.infolist())
+    if uncompressed > size:
+        raise ValueError(f"a compressed archive, {uncompressed:,} bytes in a file of {size:,}")
 
 
 def parts_of(content: Any, limit: int) -> Iterator[Any]:
-    """All values inside of what an unpickler returned: of mappings, lists and tuples, at any depth.
+    """All values, at any depth, of the mappings, lists and tuples that an unpickler returned.
 
     Args:
-        content: may refer to one object many times, or to itself: a few bytes then unfold without end.
-        limit: parts that there may be; in an honest file each takes a byte or more.
+        content: may refer to one object many times, or to itself: a few bytes then expand without end.
+        limit: the most values allowed, such as the bytes of the file: each value takes at least one.
 
     Raises:
         ValueError: there are more.
@@ -113,12 +117,12 @@ def parts_of(content: Any, limit: int) -> Iterator[Any]:
         inner = part.values() if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else ()
         found += len(inner)
         if found > limit:
-            raise ValueError(f"its values refer to one another: they unfold to more than {limit:,} parts")
+            raise ValueError(f"its values refer to one another and expand to more than {limit:,}")
         waiting += inner
 
 
 def file_in(folder: Path, name: str) -> Path:
-    """The path of a file in a folder that may come from anybody; the file need not exist.
+    """The path of a file in a folder from an untrusted source; the file need not exist.
 
     It may link into the store of the cache that the folder belongs to (Hugging Face hub, DVC, git-annex).
 
@@ -142,7 +146,7 @@ def temporary_path(target: str | os.PathLike, size: int = 0) -> Iterator[Path]:
         size: bytes that it takes at least, where that is known before.
 
     Raises:
-        OSError: the disk refused, as in `write_atomic`.
+        OSError: writing failed, as in `write_atomic`.
     """
     target = Path(target)
     if size:
@@ -153,7 +157,8 @@ def temporary_path(target: str | os.PathLike, size: int = 0) -> Iterator[Path]:
             for file in Path(folder).rglob("*"):
                 if file.is_file():
                     fsync(file)
-            for made in sorted(Path(folder).iterdir(), reverse=True):  # what the target refers to comes first
+            # `FILE.data` before the `FILE` that refers to it
+            for made in sorted(Path(folder).iterdir(), reverse=True):
                 os.replace(made, target.parent / made.name)
     except Exception as error:
         if full := disk_full(error, target):  # there was room for `size`
@@ -189,7 +194,8 @@ def require_free(path: str | os.PathLike, size: int) -> None:
 
 
 def disk_full(error: BaseException | None, path: str | os.PathLike, needed: int = 0) -> OSError | None:
-    """What to tell a user when `error`, raised by any library while `path` was written, is a full disk's.
+    """The error to show a user where `error`, raised by any library while `path` was written, means that the
+    disk is full, a quota is used up, or the file is larger than the system allows.
 
     Args:
         error: the exception; those during whose handling it was raised count too.
@@ -224,18 +230,21 @@ def fsync(path: Path) -> None:
 
 
 class _MeasuredFile(io.RawIOBase):
-    """A new file; once its disk is full it only counts the bytes that are still written to it.
+    """A new file that measures its size; after a failed write it only counts what would be written.
+
+    Args:
+        file: empty and unbuffered, open for writing; closed by `close`.
 
     Attributes:
         size: bytes of the whole file.
-        refusal: what the disk said first, or None.
+        error: of the first write that failed, or None.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, file: io.FileIO) -> None:
         super().__init__()
         self.size = self._position = 0
-        self.refusal: OSError | None = None
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by `close`)
+        self.error: OSError | None = None
+        self._file = file
 
     def writable(self) -> bool:
         return True
@@ -245,11 +254,11 @@ class _MeasuredFile(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         written = len(data)
-        if self.refusal is None:
+        if self.error is None:
             try:
                 written = self._file.write(data)
             except OSError as error:
-                self.refusal = error
+                self.error = error
         self._position += written
         self.size = max(self.size, self._position)
         return written
@@ -261,13 +270,13 @@ class _MeasuredFile(io.RawIOBase):
         return self._file.seek(self._position)
 
     def fsync(self) -> None:
-        """Bring all to the disk.
+        """Flush the file to the disk.
 
         Raises:
-            OSError: it refused, now or before.
+            OSError: that failed, or an earlier write did.
         """
-        if self.refusal is not None:
-            raise self.refusal
+        if self.error is not None:
+            raise self.error
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

@@ -123,6 +123,7 @@ def test_tars_hold_the_same_images_as_folders(folders, tmp_path):
         members[f"{i:03d}.cls"] = str(int(expected.labels[i])).encode()
     write_tar(tmp_path / "set-train-0000.tar", dict(list(members.items())[:6]))
     write_tar(tmp_path / "set-train-0001.tar", dict(list(members.items())[6:]))
+    (tmp_path / "._set-train-0000.tar").write_bytes(b"what macOS keeps beside a file")
     found = open_images(tmp_path, "train")
     assert found.labels.tolist() == expected.labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
     for i in range(len(expected)):
@@ -136,6 +137,7 @@ def test_tars_hold_the_same_images_as_folders(folders, tmp_path):
         ({"a.png": b"x", "b.cls": b"0"}, r"has a\.png, but no a\.cls"),
         ({"a.png": b"x", "a.cls": b"cat"}, "no tar of labeled images"),
         ({"a.png": b"x", "a.cls": b"5"}, "has class 5, training has 0-1"),
+        ({"a.png": b"x", "a.cls": b"1", "b.png": b"x", "b.cls": b"-1"}, "has class -1, training has 0-1"),
     ],
 )
 def test_tars_without_usable_classes_are_errors(tmp_path, members, message):

@@ -164,6 +164,13 @@ def test_image_processor_prepares_images_as_we_do(folder, photo, tmp_path):
     assert (ours - theirs).abs().max() < 2.5 / 255 / 0.224  # both round to whole gray levels
 
 
+def test_image_processor_of_a_rectangular_encoder_gives_its_size(tmp_path):
+    rectangular = PixioViT((32, 64), embed_dim=48, depth=1, num_heads=3).eval()
+    export(rectangular, tmp_path / "folder", "transformers")
+    stored = json.loads((tmp_path / "folder/preprocessor_config.json").read_text())
+    assert stored["size"] == {"height": 32, "width": 64}
+
+
 @torch.inference_mode()
 def test_the_examples_of_transformers_documentation_run_on_the_folder(model, folder, photo):
     processor = AutoImageProcessor.from_pretrained(folder)

@@ -1,10 +1,12 @@
 """Features of many images on disk."""
 
+import copy
 import errno
 import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 import threading
@@ -22,7 +24,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import pixio
-from pixio.engine.runtime import Runtime
+from pixio.engine.runtime import Runtime, place_frozen
 from pixio.features import (
     FeatureExtractor,
     FeatureStore,
@@ -176,6 +178,15 @@ def test_features_are_read_back_by_image(folder, encoder, tmp_path, target):
         read_features(tmp_path / target, "cls_tokens")
 
 
+@pytest.mark.parametrize("name", ["features.npz", "part_000000.embedding.npy"])
+def test_an_empty_file_of_features_is_named_as_damaged(tmp_path, name):
+    (tmp_path / name).touch()
+    (tmp_path / "index.jsonl").write_text('{"image": "a.png", "part": 0, "row": 0}\n')
+    path = tmp_path / name if name.endswith(".npz") else tmp_path
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is damaged"):
+        read_features(path)
+
+
 def test_images_of_one_name_are_refused_where_one_would_be_lost_in_reading(folder, encoder, tmp_path):
     with tarfile.open(tmp_path / "some.tar", "w") as archive:
         for name in ("0.png", "1.png"):
@@ -300,6 +311,13 @@ def test_other_weights_and_images_do_not_mix_with_what_is_there(folder, encoder,
     other = pixio.PixioViT(img_size=32, embed_dim=16, depth=3, num_heads=2).eval()
     with pytest.raises(ValueError, match="other weights, images:"):
         write_folder(tmp_path, extractor(other), find_images([str(folder / "1.png")]))
+
+
+def test_an_encoder_held_in_bf16_fills_a_folder(folder, encoder, tmp_path):
+    runtime = Runtime(torch.device("cpu"), torch.bfloat16)
+    frozen = place_frozen(copy.deepcopy(encoder), runtime.device, runtime.dtype)
+    done = write_folder(tmp_path, extractor(frozen, runtime), find_images([str(folder / "0.png")]))
+    assert (done.computed, done.errors) == (1, [])
 
 
 def test_unreadable_images_are_reported_and_the_others_stored(folder, encoder, tmp_path):

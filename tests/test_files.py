@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -84,6 +85,16 @@ def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
     with pytest.raises(FileNotFoundError), temporary_path(tmp_path / "file") as path:
         (path / "absent").mkdir()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_begun_is_named_as_the_caller_named_it(tmp_path, monkeypatch):
+    unraisable = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    path = tmp_path / "absent/results.json"
+    with pytest.raises(FileNotFoundError) as stopped:
+        write_atomic(path, lambda file: file.write(b""))
+    assert stopped.value.filename == str(path)
+    assert not unraisable  # of a half-made file object, whose end Python 3.13 reports
 
 
 def test_write_atomic_keeps_the_old_file_when_the_writer_fails(tmp_path):

@@ -65,7 +65,7 @@ def test_central_crop_larger_than_the_image_is_refused():
 
 
 def test_central_crop_of_a_strip_too_thin_to_be_resized_is_refused():
-    with pytest.raises(DamagedDataError, match="256 x 5120000 is above"):
+    with pytest.raises(DamagedDataError, match="256 x 5120000 pixels, more than"):
         resize_center_crop(Image.new("RGB", (1, 20_000)), 256, 256)
 
 
@@ -183,6 +183,15 @@ def test_images_are_turned_upright(format):
         assert crop[0].min() > 200 > 60 > crop[2].max()
 
 
+@pytest.mark.parametrize("tag", [0, 9, 200])
+def test_an_orientation_that_exif_does_not_define_turns_nothing(tag):
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    data = encoded(Image.new("RGB", (32, 16), "red"), "jpeg", exif=exif)
+    assert decoding.read_turn(data) == 1
+    assert decoding.read_size(data) == decode(data).size == (32, 16)
+
+
 def test_unreadable_metadata_costs_no_image():
     data = encoded(Image.new("RGB", (32, 16), "red"), "jpeg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
     assert decode(data).size == (32, 16)
@@ -249,5 +258,5 @@ def test_too_many_pixels_are_refused_from_the_header(monkeypatch):
     monkeypatch.setattr(jpeg, "decode_rows", lambda *args: pytest.fail("decoded"))
     data = encoded(noise(10, 10), "jpeg")
     for read in (decode, decoding.read_size, lambda data: decode_crop(data, 4, lambda w, h: (0, 0, w, h))):
-        with pytest.raises(DamagedDataError, match=r"10 x 10 is above 99 pixels"):
+        with pytest.raises(DamagedDataError, match=r"10 x 10 pixels, more than the 99 allowed"):
             read(data)

@@ -80,6 +80,12 @@ def test_a_classifier_with_fewer_vectors_than_neighbors_is_refused():
         KNNClassifier(4).fit(unit(3, 8), torch.arange(3))
 
 
+@pytest.mark.parametrize("k", [0, -1])
+def test_a_classifier_without_neighbors_is_refused(k):
+    with pytest.raises(ValueError, match=f"3 vectors with 3 labels for k = {k}: .* k from 1"):
+        KNNClassifier(k).fit(unit(3, 8), torch.arange(3))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     n=st.integers(1, 90),

@@ -9,10 +9,12 @@ import sys
 import threading
 
 import pytest
+import torch
 from helpers import ALONE
 
 from pixio.engine import lock as lock_module
 from pixio.engine.lock import lock_folder
+from pixio.engine.ranks import Collectives
 
 HOLD = """
 import sys, torch
@@ -82,6 +84,24 @@ def test_a_run_elsewhere_blocks_as_long_as_it_touches_its_lock(tmp_path, monkeyp
     thread.join()
     with lock_folder(tmp_path, ALONE):  # it has died
         assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_signal_while_rank_0_waits_for_a_lock_stops_all_ranks(tmp_path, monkeypatch):
+    gathered = []
+
+    class Rank(Collectives):
+        """One of two ranks: what rank 0 tells is kept for rank 1."""
+
+        def gather(self, value):
+            gathered.append(value)
+            return gathered[:1]
+
+    (tmp_path / "run.lock").write_text("")
+    monkeypatch.setattr(lock_module.signals, "received", lambda: True)
+    for rank in (0, 1):
+        ranks = Rank(torch.device("cpu"), rank=rank, world_size=2)
+        with pytest.raises(lock_module.signals.Preempted), lock_folder(tmp_path, ranks):
+            pass
 
 
 def test_a_lock_that_was_cut_short_does_not_block(tmp_path, monkeypatch):

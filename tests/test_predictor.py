@@ -20,10 +20,11 @@ from PIL import Image
 
 import pixio
 from pixio.cli.main import main
-from pixio.cli.predict import _Writer
+from pixio.cli.predict import _Writer, list_photos
 from pixio.dense import Classes, Depth, Predictor, read_head, slide
 from pixio.dense import predictor as module
 from pixio.dense.export import Whole
+from pixio.features import find_images
 from pixio.images import decoding
 from pixio.images.targets import open_depth, open_mask
 from pixio.synthetic.scenes import render
@@ -172,6 +173,11 @@ def test_sums_are_kept_for_one_row_of_windows(monkeypatch):
     assert len(largest) == -(-500 // 21)
 
 
+def test_windows_of_no_pixels_are_refused(runs):
+    with pytest.raises(ValueError, match="windows of 0 pixels"):
+        load(runs, window=0)
+
+
 def test_a_panorama_of_16k_is_read_and_larger_files_are_refused(runs, monkeypatch):
     predictor, shown = load(runs), []
     monkeypatch.setattr(
@@ -260,7 +266,17 @@ def test_broken_files_are_named_and_skipped_and_the_status_tells(runs, tmp_path,
     said = capsys.readouterr().err
     assert "cut.png: " in said
     assert "x/y.png: not a JPEG or PNG or WEBP image" in said
-    assert "2 cannot be read, first" in said
+    assert "2 left out, first" in said
+
+
+def test_photographs_of_one_name_are_reported_and_none_overwrites_another(tmp_path):
+    write_tar(tmp_path / "a/x.tar", {"0.png": png(7)})
+    write_tar(tmp_path / "b/x.tar", {"0.png": png(8), "1.png": png(9)})
+    photos, errors = list_photos(find_images([str(tmp_path)]), tmp_path / "out")
+    assert [found.name for found in photos] == ["x/0", "x/1"]
+    assert len(errors) == 1
+    assert "b/x.tar/0.png" in errors[0]
+    assert "rename one" in errors[0]
 
 
 def test_a_full_disk_ends_the_command_with_one_line(runs, tmp_path, capsys, monkeypatch):

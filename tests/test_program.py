@@ -1,6 +1,7 @@
 """Output that cannot be written ends no program; a mistake ends it with one line."""
 
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -35,6 +36,29 @@ def test_a_full_disk_behind_stdout_stops_nobody(tmp_path):
     command = f"{sys.executable} - >/dev/full"
     subprocess.run(["bash", "-c", command], input=BODY, cwd=tmp_path, capture_output=True, text=True)
     assert (tmp_path / "done").exists()
+
+
+INTERRUPTED = """
+import os, signal, sys
+from pathlib import Path
+from pixio.engine.program import program
+from pixio.engine.signals import defer_signals, received
+
+with program("prog", "train"), defer_signals():
+    os.kill(os.getpid(), signal.SIGINT)
+    assert received(signal.SIGINT)
+    Path(sys.argv[1]).touch()
+"""
+
+
+def test_ctrl_c_that_also_ends_the_reader_of_stderr_still_lets_a_run_save(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)  # as by Ctrl-C on `main_pretrain.py 2>&1 | tee`
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "saved")]
+    done = subprocess.run(command, stderr=writer, check=False)
+    os.close(writer)
+    assert (tmp_path / "saved").exists()
+    assert done.returncode == 0
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])

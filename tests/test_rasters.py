@@ -137,7 +137,7 @@ def test_the_size_is_checked_before_anything_is_decoded(tmp_path, monkeypatch):
         (tmp_path / "huge.png").write_bytes(data)
         opens = (lambda path: open_image(path.read_bytes()), open_mask, lambda path: open_depth(path, 1))
         for open_file in opens:
-            with pytest.raises(DamagedDataError, match=f"{side} x {side} is above {MAX_PIXELS}|pixel format"):
+            with pytest.raises(DamagedDataError, match=f"{side} x {side} pixels, more than|pixel format"):
                 open_file(tmp_path / "huge.png")
 
 

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from pixio.data.tar_index import Entry, index_tar, read_member
 from pixio.images.crops import resize_center_crop
 from pixio.images.decoding import DamagedDataError, decode
+from pixio.images.listing import is_junk
 from pixio.images.normalization import normalize
 
 
@@ -78,7 +79,7 @@ def open_images(root: Path, split: str, classes: list[str] | None = None) -> Lab
         FileNotFoundError: neither is there.
         ValueError: an unreadable tar, an image without a class, or a class that training lacks.
     """
-    tars = sorted(root.glob(f"*{split}*.tar")) if root.is_dir() else []
+    tars = sorted(tar for tar in root.glob(f"*{split}*.tar") if not is_junk(tar.name))
     if tars and not (root / split).is_dir():
         return _open_tars(tars, classes)
     found = list_classes(root / split, classes)
@@ -104,9 +105,9 @@ def _open_tars(tars: list[Path], classes: list[str] | None) -> LabeledImages:
                 raise DamagedDataError(f"{path} has {entry.key}, but no {stem}.cls with its class")
             places.append((number, entry.offset, entry.size))
             labels.append(known[stem])
-    classes = classes or [f"class {c}" for c in range(max(labels) + 1)]
-    if min(labels) < 0 or max(labels) >= len(classes):
-        raise ValueError(f"{tars[0].parent} has class {max(labels)}, training has 0-{len(classes) - 1}")
+    classes = classes or [f"class {c}" for c in range(max(*labels, 0) + 1)]
+    if foreign := [label for label in labels if not 0 <= label < len(classes)]:
+        raise ValueError(f"{tars[0].parent} has class {foreign[0]}, training has 0-{len(classes) - 1}")
     return LabeledImages(tars, np.array(places, np.int64), torch.tensor(labels), classes)
 
 

@@ -21,10 +21,7 @@ from pixio.images.crops import draw_scaled_crop
 from pixio.images.decoding import DamagedDataError, read_turn
 from pixio.images.rasters import Box, Raster, open_image
 
-_INSPECTED = (
-    16,
-    256,
-)  # targets looked at before a split is used; more if the first teach nothing
+_INSPECTED = (16, 256)  # targets looked at before a split is used; more if the first have no scored pixel
 
 Rasters = tuple[Raster, Raster]  # an image uint8 [H, W, 3] and its target [H, W]
 Arrays = tuple[np.ndarray, np.ndarray]  # likewise

@@ -100,7 +100,7 @@ class Predict:
                 earlier = f", and {before} from before" if before else ""
                 print(f"{made} photograph{'s' * (made != 1)} -> {self.output}{earlier}")
                 if errors:
-                    print(f"{len(errors)} cannot be read, first {errors[0]}", file=sys.stderr)
+                    print(f"{len(errors)} left out, first {errors[0]}", file=sys.stderr)
             if errors:
                 raise SystemExit(INCOMPLETE)
         finally:
@@ -121,10 +121,11 @@ class Photo(NamedTuple):
 
 
 def list_photos(shards: "Sequence[Shard]", output: Path) -> tuple[list[Photo], list[str]]:
-    """All photographs outside of the output folder, and a line on each tar that cannot be read.
+    """All photographs outside of the output folder, and a line on each tar or photograph that is left out.
 
     Names are relative to the deepest folder that holds all files; a tar's begin with the tar's own. Where two
-    photographs differ in their suffix alone, both keep it.
+    photographs differ in their suffix alone, both keep it. Left out are tars that cannot be read, and
+    photographs whose name another has (in a tar, or in two tars of one name): one would overwrite the other.
     """
     from pixio.images.decoding import DamagedDataError
 
@@ -148,13 +149,17 @@ def list_photos(shards: "Sequence[Shard]", output: Path) -> tuple[list[Photo], l
         return PurePosixPath(Path(shard.name).stem, *parts)  # a tar may be anybody's
 
     paths = [path_of(shard, entry) for shard, entry in found]
-    count = Counter(str(path.with_suffix("")) for path in paths)
-    photos = []
+    count = Counter(str(path.with_suffix("")) for path in dict.fromkeys(paths))
+    photos: dict[str, Photo] = {}  # by name
     for (shard, entry), path in zip(found, paths, strict=True):
         plain = str(path.with_suffix(""))
         label = f"{shard.name}/{entry.key}" if shard.name else entry.key
-        photos.append(Photo(shard, entry, label, plain if count[plain] == 1 else str(path)))
-    return photos, errors
+        name = plain if count[plain] == 1 else str(path)
+        if name in photos:
+            errors.append(f"{label}: {photos[name].label} is written as {name} already; rename one of them")
+        else:
+            photos[name] = Photo(shard, entry, label, name)
+    return list(photos.values()), errors
 
 
 class _Writer:

@@ -64,7 +64,8 @@ def _to_send(images: Tensor, shared_memory: bool) -> Tensor | np.ndarray:
     return images.permute(0, 2, 3, 1).numpy()
 
 
-def _as_sent(batch: dict[str, Any]) -> dict[str, Any]:
+def _identity(batch: dict[str, Any]) -> dict[str, Any]:
+    """Collate nothing: `DataLoader` would turn arrays into tensors."""
     return batch
 
 
@@ -104,7 +105,7 @@ class Loader:
         new_epoch_if_changed: bool = False,
     ) -> None:
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank must lie in 0..world_size - 1, found rank {rank} of {world_size}")
+            raise ValueError(f"rank must be 0 to world_size - 1, found rank {rank} of {world_size}")
         self.stream = stream
         self.rank, self.world_size = rank, world_size
         self.num_workers, self.pin_memory, self.prefetch = num_workers, pin_memory, prefetch
@@ -131,7 +132,7 @@ class Loader:
         loader = DataLoader(
             _RankBatches(self.stream, self._sampler, consumers, self._fits_shared_memory()),
             batch_size=None,
-            collate_fn=_as_sent,
+            collate_fn=_identity,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             prefetch_factor=self.prefetch if self.num_workers else None,
@@ -201,7 +202,7 @@ class Loader:
         }
 
     def _resume(self, states: list[dict[str, Any]], new_epoch_if_changed: bool) -> None:
-        """Take up the positions of an interrupted run, or what its consumers left if they are not ours."""
+        """Continue at the positions of an interrupted run; of other consumers, read what they left."""
         states = sorted(states, key=lambda state: state["rank"])
         ranks, world_size = [state["rank"] for state in states], states[0]["world_size"]
         if ranks != list(range(world_size)):
@@ -210,16 +211,14 @@ class Loader:
                 f"found ranks {ranks}; gather state_dict() over all ranks before saving"
             )
         self.stream = self.stream.named_as_in(states[0]["stream"])
-        here = self.stream.identity()
-        for there in (state["stream"] for state in states):
+        current = self.stream.identity()
+        for saved in (state["stream"] for state in states):
             changed = ", ".join(
-                f"{key} {there[key]} -> {here[key]}" for key in here if there[key] != here[key]
+                f"{key} {saved[key]} -> {value}" for key, value in current.items() if saved[key] != value
             )
             if changed and new_epoch_if_changed:
                 if self.rank == 0:
-                    print(
-                        f"The data is not the checkpoint's ({changed}): a new epoch of it begins", flush=True
-                    )
+                    print(f"The data is not the checkpoint's ({changed}): a new epoch begins", flush=True)
                 return
             if changed:
                 raise ValueError(

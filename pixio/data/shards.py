@@ -202,7 +202,7 @@ def _folder(data_path: str | None) -> Path:
         )
     if not data_path:
         raise FileNotFoundError(
-            "no training images: give their folder by --data_path (scripts: IMAGENET_TARS)"
+            "no training images: name their folder with --data_path (scripts: IMAGENET_TARS)"
         )
     if not os.path.isdir(data_path):
         place = os.path.abspath(data_path)

@@ -77,7 +77,7 @@ class Stream:
 
     @cached_property
     def _shard_names(self) -> str:
-        """A short digest of them; there may be a million, and a run asks at every step."""
+        """A short digest of the names; there may be a million, and a run asks for it at every step."""
         names = "\n".join(shard.name for shard in self.shards)
         return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
 
@@ -111,7 +111,7 @@ class Stream:
 
 
 def _count(names: Sequence[str]) -> str:
-    """How many images of which endings."""
+    """Number of images, and of the four most frequent suffixes."""
     names = [os.path.basename(name) for name in names]
     endings = Counter(name[name.find(".") :].lower() for name in names)
     counts = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common(4))

@@ -11,7 +11,7 @@ from pixio.images.listing import IMAGE_SUFFIXES, is_junk
 
 MAX_BYTES = 1 << 29  # of one encoded image; what is larger is no photograph
 
-MAX_HEADER = 1 << 20  # of the long name and other facts of a member
+MAX_HEADER = 1 << 20  # bytes of a record with a member's long name or pax fields
 _ABOUT_NEXT = (
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
@@ -43,7 +43,8 @@ def index_tar(file: BinaryIO, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Tar
     """List the image members of an uncompressed tar, and of those that are appended to it.
 
     Only regular files are listed: links point elsewhere (those called as images are counted), and names are
-    labels that are never opened. Of a tar that is cut off or damaged the members before the damage are.
+    labels that are never opened. Of a tar that is cut off or damaged, the members before the damage are
+    listed.
 
     Args:
         file: the tar.
@@ -69,10 +70,7 @@ def index_tar(file: BinaryIO, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Tar
             sparse = _sparse(member)
             if member.islnk() or member.issym():
                 links += image
-            elif sparse is not None or member.type in (
-                tarfile.REGTYPE,
-                tarfile.AREGTYPE,
-            ):
+            elif sparse is not None or member.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
                 tars += name.endswith((".tar", ".tar.gz", ".tgz"))
                 if image:
                     entries.append(Entry(member.name, member.offset_data, member.size))
@@ -102,7 +100,7 @@ class _Header(tarfile.TarInfo):
         if self.type in _ABOUT_NEXT:
             if not 0 <= self.size <= MAX_HEADER:
                 raise DamagedDataError(
-                    f"a header of {self.size:,} bytes of names and the like, above {MAX_HEADER:,}"
+                    f"a header record of {self.size:,} bytes, more than the {MAX_HEADER:,} allowed"
                 )
             place = tar.fileobj.tell()
             if _DIGITS.search(tar.fileobj.read(self.size)):  # before Python 3.11.10 it takes their square
@@ -157,7 +155,7 @@ def read_member(descriptor: int, entry: Entry, extents: list[tuple[int, int]] | 
         DamagedDataError: too large, or fewer bytes than indexed.
     """
     if entry.size > MAX_BYTES:
-        raise DamagedDataError(f"{entry.size:,} bytes is above {MAX_BYTES:,}")
+        raise DamagedDataError(f"{entry.size:,} bytes, more than the {MAX_BYTES:,} allowed for an image")
     wanted = entry.size if extents is None else sum(size for _, size in extents)
     data = os.pread(descriptor, wanted, entry.offset)
     if len(data) != wanted:

@@ -14,8 +14,9 @@ from pixio.models.external import depth_of, fingerprint, load_encoder
 from pixio.models.registry import from_pretrained
 from pixio.weights.reading import read_file
 
-_WINDOW = 256  # pixels: the crop of every published recipe, and what is assumed of files that do not say it
-_NEAREST = 0.001  # meters, likewise
+# Of every published recipe, and what is assumed of older files, which do not say it:
+WINDOW = 256  # crop size in pixels
+_MIN_DEPTH = 0.001  # meters
 
 
 def window_of(crop_size: int, patch_size: int) -> tuple[int, int]:
@@ -25,7 +26,7 @@ def window_of(crop_size: int, patch_size: int) -> tuple[int, int]:
         ValueError: the crop is smaller than a patch.
     """
     size = crop_size // patch_size * patch_size
-    if size == 0:
+    if size < 1:
         raise ValueError(f"windows of {crop_size} pixels are below the patch size, {patch_size} pixels")
     return size, int(size * 2 / 3)
 
@@ -158,7 +159,7 @@ def read_head(path: str | Path) -> HeadFile:
         if "output" in content:
             output = kind(**content["output"])
         elif kind is Depth:
-            output = Depth(_NEAREST, identity["max_depth"])
+            output = Depth(_MIN_DEPTH, identity["max_depth"])
         else:
             from pixio.images.targets import IGNORE  # here: it needs numpy, and `pixio.dense` torch alone
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixio.dense.frozen import FrozenEncoder
-from pixio.dense.head_file import read_head, window_of
+from pixio.dense.head_file import WINDOW, read_head, window_of
 from pixio.dense.outputs import Classes, Color, Output
 from pixio.dense.sliding import slide
 from pixio.images.inference import ImageSource, read_image
@@ -97,7 +97,7 @@ class Predictor:
         module = file.load_encoder(encoder, head)
         frozen = FrozenEncoder(module, file.blocks(module), file.identity["cls_concat"])
         if window is not None or file.window is None:
-            sides = window_of(window or 256, module.patch_size)
+            sides = window_of(WINDOW if window is None else window, module.patch_size)
         else:
             sides = file.window
         from pixio.engine.runtime import start_runtime  # here, so that heads alone need torch alone

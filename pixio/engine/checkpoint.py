@@ -119,16 +119,16 @@ def materialize(value: Any, held: Mapping[str, Rows] | None = None) -> Any:
         ValueError: see `read_tensors`; or the tensors are larger than their files.
     """
     targets: list[tuple[Tensor, TensorReference]] = []
-    asked, files = 0, set[tuple[Path, str]]()
+    needed, files = 0, set[tuple[Path, str]]()
 
     def measure(_, reference: TensorReference) -> None:
-        nonlocal asked
-        asked += prod(reference.shape) * reference.dtype.itemsize
+        nonlocal needed
+        needed += prod(reference.shape) * reference.dtype.itemsize
         files.update((reference.folder, reference.files[index]) for index, *_ in reference.parts())
 
     _map(value, measure, kind=TensorReference)
-    if asked > (there := sum(file_in(*file).stat().st_size for file in files)):  # before memory is asked for
-        raise ValueError(f"tensors of {asked:,} bytes cannot lie in files of {there:,} bytes")
+    if needed > (stored := sum(file_in(*file).stat().st_size for file in files)):  # before allocating
+        raise ValueError(f"tensors of {needed:,} bytes cannot lie in files of {stored:,} bytes")
 
     held = held or {}
 
@@ -291,7 +291,7 @@ class Checkpoints:
         size: int,
         exports: Mapping[str | os.PathLike, Callable[[dict[str, Any]], Any]],
     ) -> str | None:
-        """Write and publish a checkpoint, in the background; returns what went wrong."""
+        """Write and publish a checkpoint, in the background; returns what went wrong, or None."""
         group = self.runtime.host_group
         if group is None and not self.runtime.is_main:
             return None

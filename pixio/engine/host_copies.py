@@ -1,4 +1,4 @@
-"""Copies in host memory of tensors that training is about to change."""
+"""Copies in host memory of tensors that training goes on to change."""
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ class HostCopies:
 
     Args:
         device: where the tensors are.
-        pinned: whether it copies to pinned memory while the program goes on; see `Runtime.pins_memory`.
+        pinned: copy into pinned memory, without waiting; see `Runtime.pins_memory`.
     """
 
     def __init__(self, device: torch.device, pinned: bool = False) -> None:

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from pixio.engine import signals
+from pixio.engine.program import explain
 from pixio.engine.ranks import Collectives
 from pixio.files import read_json, write_json
 
-RENEWAL = 10.0  # seconds between two signs of life of a holder
+RENEWAL = 10.0  # seconds between two heartbeats of a holder
 PATIENCE = 60.0  # seconds without one after which a holder counts as dead; file systems may show it late
 
 
@@ -28,15 +29,21 @@ def lock_folder(folder: str | os.PathLike, runtime: Collectives) -> Iterator[Non
     """Collective: keep other runs out of `folder`, which is made if missing, while inside.
 
     Raises:
-        OSError: another run holds it; the message names its host, process and start.
+        OSError: on every rank, when another run holds it; the message names its host, process and start.
+        Preempted: on every rank, when a signal came while rank 0 waited to see whether the holder lives.
     """
-    lock, failure = None, ""
+    lock, failure, preempted = None, "", False
     if runtime.is_main:
         try:
             lock = _Lock(Path(folder).absolute())
         except OSError as error:
-            failure = str(error)
-    if failure := runtime.gather(failure)[0]:
+            failure = explain(error)
+        except signals.Preempted:
+            preempted = True
+    failure, preempted = runtime.gather((failure, preempted))[0]
+    if preempted:
+        raise signals.Preempted
+    if failure:
         raise OSError(failure)
     try:
         yield
@@ -46,9 +53,9 @@ def lock_folder(folder: str | os.PathLike, runtime: Collectives) -> Iterator[Non
 
 
 class _Lock:
-    """`run.lock`, which a thread of its holder touches now and then.
+    """`run.lock`, whose modification time a thread of its holder renews as a heartbeat.
 
-    Whether a holder on this node lives is asked of the system; of one elsewhere, whether the file is touched.
+    Whether a holder on this node is alive is asked of the system; one elsewhere is if its heartbeat goes on.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -59,7 +66,7 @@ class _Lock:
             "host": socket.gethostname(),
             "pid": pid,
             "since": datetime.now().astimezone().isoformat(" ", "seconds"),
-            "born": _born(pid),
+            "born": _start_time(pid),
             "processes": _process_table(),
             "id": uuid.uuid4().hex,
         }
@@ -99,7 +106,7 @@ class _Lock:
     def _is_held(self) -> bool:
         holder = self._holder()
         if holder.get("processes") == self._mine["processes"]:
-            return _born(holder["pid"]) == holder["born"]
+            return _start_time(holder["pid"]) == holder["born"]
         touched, deadline = self._touched(), time.monotonic() + PATIENCE
         print(f"waiting up to {PATIENCE:g} s to see whether {self._path} is still held", file=sys.stderr)
         while time.monotonic() < deadline and self._path.exists():
@@ -134,8 +141,8 @@ def _process_table() -> str:
         return uuid.uuid4().hex
 
 
-def _born(pid: int) -> str | None:
-    """When a process started, in the clock ticks of its system; None: it has ended."""
+def _start_time(pid: int) -> str | None:
+    """When a process started, in clock ticks since boot; None where it has ended."""
     try:
         state, *values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

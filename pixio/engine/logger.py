@@ -54,7 +54,7 @@ class Log:
         config: dict[str, Any] | None = None,
     ) -> None:
         if every < 1:
-            raise ValueError(f"log every 1 step or more, found {every}")
+            raise ValueError(f"every must be at least 1 step, found {every}")
         for name, wanted in (("tensorboard", tensorboard), ("wandb", wandb)):
             if wanted and importlib.util.find_spec(name) is None:
                 raise ValueError(f"--{name} needs a package that is not installed: pip install {name}")

@@ -22,7 +22,7 @@ class Source(Protocol):
 
 
 class Prefetch:
-    """The micro batches of one step after another, on the device; knows what `loader` was before each.
+    """The micro batches of one step after another, on the device; knows the state of `loader` before each.
 
     The batches of the next step are read, and copied beside the computation, when those of a step are taken.
     Copies from pinned memory wait for nothing.
@@ -40,7 +40,7 @@ class Prefetch:
     def __init__(self, loader: Source, runtime: Runtime, accum_iter: int, steps: Iterable[int]) -> None:
         self.loader, self.runtime, self.accum_iter = loader, runtime, accum_iter
         self._batches, self._steps = loader.__iter__(), iter(steps)
-        self._before: dict[int, tuple[Any, dict[str, int]]] = {}  # what `loader` was, the last steps only
+        self._before: dict[int, tuple[Any, dict[str, int]]] = {}  # state and counts, last steps only
         self._ahead = self._read()
 
     def __iter__(self) -> Iterator[list[Batch]]:

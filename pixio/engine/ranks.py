@@ -37,7 +37,7 @@ class Ranks(NamedTuple):
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
-    local_world_size: int = 1  # the most processes on any node of the run; 0: the launcher did not say
+    local_world_size: int = 1  # the most processes on any node of the run; 0 = unknown
     address: str | None = None
     one_gpu_each: bool = False  # where one GPU is visible it may be this process's own
 
@@ -308,7 +308,7 @@ def join_ranks(ranks: Ranks, device: torch.device, timeout: timedelta) -> Watchd
 
 
 def _mark() -> Callable[[], bool]:
-    """Mark this point among the work given to the GPU; whether it has come there is asked without waiting."""
+    """Record an event in the work queued on the GPU; the function returned tells whether it is reached."""
     event = torch.cuda.Event()
     event.record()
     return event.query

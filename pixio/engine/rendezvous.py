@@ -120,8 +120,8 @@ class Watchdog:
     Args:
         store: from `rendezvous`.
         timeout: how long ranks may wait for another.
-        mark: marks the present point among the work given to the device; what it returns tells whether the
-            device has come there. None: the program itself does the work.
+        mark: records an event in the work queued on the device; what it returns tells whether the device has
+            reached it. None on CPUs, where no work is queued.
 
     Attributes:
         heartbeats: how many points this rank has passed.
@@ -138,14 +138,14 @@ class Watchdog:
         self.heartbeats = 0
         self._rank, self._world_size, self._timeout = rank, world_size, timeout
         self._mark = mark
-        self._marks: deque[tuple[int, Callable[[], bool]]] = deque()  # to which the device has yet to come
+        self._marks: deque[tuple[int, Callable[[], bool]]] = deque()  # events not yet reached
         self._store = store.clone()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
     def beat(self) -> None:
-        """Count another point; only the thread that gives the device its work may."""
+        """Count another point; only from the thread that queues work on the device."""
         self.heartbeats += 1
         if self._mark is not None:
             self._marks.append((self.heartbeats, self._mark()))
@@ -157,18 +157,19 @@ class Watchdog:
 
     def _watch(self) -> None:
         pause = min(10.0, self._timeout.total_seconds() / 10)
-        passed, seen, looks = 0, None, 0  # counted, not timed: while a whole run is suspended nobody waits
+        # Idle checks are counted, not timed: while a whole run is suspended, nobody waits.
+        passed, last, idle = 0, None, 0
         try:
             while not self._closed.wait(pause):
                 heartbeats = self.heartbeats
                 while self._marks and self._marks[0][1]():
                     passed, _ = self._marks.popleft()
-                looks += 1
-                if (heartbeats, passed) != seen:
+                idle += 1
+                if (heartbeats, passed) != last:
                     self._store.set(f"heartbeats/{self._rank}", str(heartbeats))
                     self._store.set(f"device/{self._rank}", str(passed))
-                    seen, looks = (heartbeats, passed), 0
-                waited = looks * pause > self._timeout.total_seconds()
+                    last, idle = (heartbeats, passed), 0
+                waited = idle * pause > self._timeout.total_seconds()
                 if waited and (verdict := self._verdict(heartbeats)):
                     self._store.set("verdict", verdict)
                 if self._store.check(["verdict"]):
@@ -198,7 +199,7 @@ class Watchdog:
         return f"{who}, for {_minutes(self._timeout)}: {where}. {end}"
 
     def _counts(self, what: str) -> list[int]:
-        """The last number of each rank."""
+        """The last count that each rank has published; -1 before the first."""
         keys = [f"{what}/{rank}" for rank in range(self._world_size)]
         return [int(self._store.get(key)) if self._store.check([key]) else -1 for key in keys]
 

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 WARNING = signal.SIGUSR2
 # Exit status, "temporary failure" in sysexits.h: the run is saved and resumes when started again.
@@ -65,7 +65,8 @@ def _record(number: int, _) -> None:
     if number == signal.SIGINT:
         # By the system, as no Python runs while the process waits in a collective.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.write(2, b"\nSIGINT: this step is finished and saved first; Ctrl-C again exits at once\n")
+        with suppress(OSError):  # Ctrl-C has also ended the `tee` that stderr is piped to
+            os.write(2, b"\nSIGINT: this step is finished and saved first; Ctrl-C again exits at once\n")
 
 
 @contextmanager
@@ -85,9 +86,8 @@ def call_if_stuck(action: Callable[[], object], grace: float) -> Iterator[None]:
         if not ended.wait(grace):
             action()
 
-    before = signal.set_wakeup_fd(
-        sender, warn_on_full_buffer=False
-    )  # written to at once, by whichever thread
+    # The C handler writes the signal's number there at once, whatever the main thread waits for.
+    before = signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
     watcher = threading.Thread(target=watch, name="warning", daemon=True)
     watcher.start()
     try:

@@ -2,9 +2,9 @@
 
 A job is a script and its arguments. SLURM warns it with SIGUSR2 before a time limit or a preemption: the
 program finishes its step, saves and exits (`pixio.engine.signals`), and the job requeues itself, as it does
-where the step never ends. A job that
-fails is requeued too if it has saved a later step than it started from; one that fails where it failed before
-stays down. The next attempt resumes by itself, because its arguments, and so its output folder, are the same.
+where the step never ends. A job that fails is requeued too if it has saved a later step than it started from;
+one that fails where it failed before is not. The next attempt resumes by itself, because its arguments, and
+so its output folder, are the same.
 """
 
 import contextlib
@@ -30,13 +30,8 @@ from pixio.engine.signals import EXIT_PREEMPTED, WARNING, call_if_stuck, defer_s
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _NOT_CODE = ("__pycache__", ".*")
-_NOT_PROGRAMS = (
-    *_NOT_CODE,
-    "exp",
-    "runs",
-    "slurm",
-    "data",
-)  # of the folder of a program; `pixio.data` is code
+# What the folder of a program may hold beside code; not left out of the package, where `data` is code.
+_NOT_PROGRAMS = (*_NOT_CODE, "exp", "runs", "slurm", "data")
 _LEFT_BY_SHELLS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 # A warning that comes while Python starts would end the process: block it until the program handles it.
 _BLOCK_WARNING = "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2]); "

@@ -64,12 +64,12 @@ class Gradients(NamedTuple):
 
 
 class Agreement:
-    """What the ranks tell each other with the loss of each step, in the one reduction that it needs anyway.
+    """What the ranks agree on at each step, in the one all-reduce that its loss needs anyway.
 
-    Whether all is finite, whether a signal asks any of them to stop, and whether rank 0's clock says it is
-    time to save. The host reads the answers to one step when it has given the device the next, so that no
-    device runs dry while its host waits. Until then the device itself skips a step that is not finite, and
-    every step after it. All ranks read the same answers at the same point of the program.
+    That is whether all is finite, whether a signal asks any of them to stop, and whether rank 0's clock says
+    it is time to save. The host reads the answers to one step after it has queued the next, so that the
+    device is never idle while its host waits. Until then the device itself skips a step that is not finite,
+    and every step after it. All ranks read the same answers at the same point of the program.
 
     Args:
         runtime: the ranks.
@@ -88,7 +88,7 @@ class Agreement:
         self._posted: deque[_Posted] = deque()
 
     def post(self, gradients: Mapping[str, Gradients]) -> tuple[Tensor, Tensor]:
-        """Collective: tell the others of this step; waits for nothing.
+        """Collective: start the reduction over the ranks for this step; waits for nothing.
 
         Returns:
             The losses of all models, means over ranks; and 1 where the step must be skipped, else 0.
@@ -101,14 +101,14 @@ class Agreement:
         ]
         bad = (~torch.stack(finite)).float()  # [models]
         stop, late = signals.received(), self.runtime.is_main and self._is_late()
-        told = [losses, bad, bad.new_full((1,), float(stop)), bad.new_full((1,), float(late))]
-        losses, bad, asked = self.runtime.mean(torch.cat(told)).split([len(bad), len(bad), 2])
+        packed = [losses, bad, bad.new_full((1,), float(stop)), bad.new_full((1,), float(late))]
+        losses, bad, flags = self.runtime.mean(torch.cat(packed)).split([len(bad), len(bad), 2])
         skip = bad.amax().ceil()
         self._skip = skip if self._skip is None else torch.maximum(self._skip, skip)
         measured = {name: (found.loss, found.norm) for name, found in gradients.items()}
-        self._posted.append(_Posted(self.step, measured, self.runtime.to_host(torch.cat([bad, asked]))))
+        self._posted.append(_Posted(self.step, measured, self.runtime.to_host(torch.cat([bad, flags]))))
         self.step += 1
-        if self.runtime.world_size == 1:  # nobody else need be heard
+        if self.runtime.world_size == 1:  # there is no other rank to hear from
             self.stop, self.late = stop, late
         return losses, self._skip
 

@@ -126,7 +126,7 @@ def read_tensors(
     for target, reference in targets:
         folder = reference.folder
         if reference.name in names:
-            raise ValueError(f"{folder} cannot be read: two of its tensors have one name")
+            raise ValueError(f"{folder} cannot be read: two of its tensors have one name, {reference.name}")
         names.add(reference.name)
         if target.shape != reference.shape:
             raise ValueError(
@@ -158,7 +158,8 @@ def read_tensors(
 def write_safetensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file with the permissions of any new file; the library would keep it private.
+    """Write a safetensors file with the permissions of any new file; the library makes it readable by its
+    owner only.
 
     Args:
         tensors: contiguous, in host memory, none a part of another.
@@ -192,16 +193,18 @@ def local_rows(tensor: Tensor) -> Rows:
 
 
 def take_turns(shard: DTensor, shares: dict[int, int]) -> bool:
-    """Whether this rank writes its part of a tensor; where nodes hold copies, the one with least so far does.
+    """Whether this rank writes its shard of a tensor: of nodes with copies, the one with fewest bytes so far.
 
     Args:
-        shares: bytes that each copy writes; the same on all ranks, that of this tensor is added.
+        shard: this rank's.
+        shares: index of the copy -> bytes that it writes so far, the same on all ranks; this tensor's are
+            added.
     """
     mesh = shard.device_mesh
     copies = range(mesh.size() // mesh.size(-1))
-    turn = min(copies, key=lambda copy: shares.get(copy, 0))
-    shares[turn] = shares.get(turn, 0) + shard.numel() * shard.element_size()
-    return sum(mesh.get_coordinate()[:-1]) == turn
+    writer = min(copies, key=lambda copy: shares.get(copy, 0))
+    shares[writer] = shares.get(writer, 0) + shard.numel() * shard.element_size()
+    return sum(mesh.get_coordinate()[:-1]) == writer
 
 
 def _fill(local: Tensor, first: int, part: Tensor, start: int) -> None:

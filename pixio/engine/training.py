@@ -106,7 +106,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.warmup_epochs > self.epochs:
             raise ValueError(
-                f"--warmup_epochs {self.warmup_epochs} is longer than the run of {self.epochs} epochs"
+                f"--warmup_epochs {self.warmup_epochs} is longer than the run of {self.epochs} epochs: lower "
+                "it, or raise --epochs"
             )
 
     @property
@@ -195,7 +196,7 @@ def run_program(
 
 
 def collect_garbage(step: int) -> None:
-    """Now and then, at the same steps on all ranks, as a pause of one rank is a pause of all."""
+    """Collect garbage every GARBAGE_STEPS steps, on all ranks at once: each waits for the slowest anyway."""
     if step % GARBAGE_STEPS == 0:
         gc.collect()
 

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -290,7 +291,9 @@ class FeatureExtractor:
         self, encoder: nn.Module, spec: FeatureSpec, runtime: Runtime, batch_size: int = 32, workers: int = 0
     ):
         if batch_size < 1 or workers < 0:
-            raise ValueError(f"batch_size {batch_size} must be positive, workers {workers} not negative")
+            raise ValueError(
+                f"batch_size must be at least 1 and workers at least 0, found {batch_size} and {workers}"
+            )
         self.encoder, self.spec, self.runtime = encoder, spec, runtime
         self.batch_size, self.workers = batch_size, workers
 
@@ -300,12 +303,16 @@ class FeatureExtractor:
         parts: Sequence[ShardRange],
         progress: Callable[[int], object] = lambda images: None,
     ) -> Iterator[tuple[list[ImageRecord], dict[int, Arrays]]]:
-        """For each part its images, and by their place in it the arrays of those that could be read.
+        """Encode parts one after another.
 
         Args:
             shards: the images.
             parts: of the shards, in this order.
-            progress: is told the number of images of every batch that is done.
+            progress: called with the number of images of every batch that is done.
+
+        Yields:
+            For each part a record of every image, and by their place in the part the arrays of those that
+            could be read.
 
         Raises:
             ValueError: features that are not finite; the message names the image.
@@ -314,17 +321,17 @@ class FeatureExtractor:
             return
         pieces = [part.split(self.batch_size) for part in parts]
         loader = DataLoader(
-            _Pieces(shards, [piece for some in pieces for piece in some], self.spec),
+            _Pieces(shards, list(chain(*pieces)), self.spec),
             batch_size=None,
             num_workers=self.workers,
             pin_memory=self.runtime.pins_memory,
         )
         read = iter(loader)
-        for part, some in zip(parts, pieces, strict=True):
+        for part, pieces_of_part in zip(parts, pieces, strict=True):
             images: list[ImageRecord] = []
             arrays: dict[int, Arrays] = {}
             waiting: dict[torch.Size, tuple[list[int], Tensor]] = {}
-            for _ in some:
+            for _ in pieces_of_part:
                 piece = next(read)
                 images += piece.images
                 for numbers, pixels in piece.batches:

@@ -44,7 +44,9 @@ def block_sizes(width: int, k: int, memory_gb: float, device: torch.device) -> t
     per_vector = 8 * width + 32 * QUERIES
     least = (QUERIES * per_query + _FEWEST * per_vector) / 2**30
     if memory_gb < least:
-        raise ValueError(f"--memory_gb {memory_gb:g} is too little: width {width}, k {k} need {least:.3f}")
+        raise ValueError(
+            f"--memory_gb {memory_gb:g} is too little: width {width} and k = {k} need {least:.3f} GiB"
+        )
     spare = (memory_gb - least) * 2**30 / 2
     queries = QUERIES * (1 + int(spare / per_query / QUERIES))
     # Larger blocks fall out of a CPU's cache; a GPU wants fewer, larger products.
@@ -221,12 +223,12 @@ class KNNClassifier:
             n_classes: number of classes; None: one more than the highest label.
 
         Raises:
-            ValueError: other numbers of vectors and labels, or fewer vectors than neighbors.
+            ValueError: other numbers of vectors and labels, or k below 1 or above the number of vectors.
         """
-        if not self.k <= len(features) == len(labels):
+        if not 1 <= self.k <= len(features) == len(labels):
             raise ValueError(
-                f"{len(features)} vectors with {len(labels)} labels for k = {self.k}: give each vector a "
-                "label, and a k of at most their number"
+                f"{len(features)} vectors with {len(labels)} labels for k = {self.k}: give each vector one "
+                "label, and choose k from 1 to their number"
             )
         self.features, self.labels = features, labels
         self.n_classes = int(labels.max()) + 1 if n_classes is None else n_classes

@@ -108,9 +108,9 @@ def write_folder(
         raise ValueError(f"per_file must be positive, found {per_file}")
     (parts, damaged, _), weights = index_shards(shards, per_file), hashlib.sha256()
     for tensor in extractor.encoder.state_dict().values():
-        weights.update(tensor.cpu().contiguous().numpy())
+        weights.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # numpy has no bf16
     names = [shard.files if isinstance(shard, FolderShard) else shard.name for shard in shards]
-    # As the first version wrote them: folders of that time are completed, too.
+    # Spelled as by the first version, so that folders it began can be completed.
     images = f"({names!r}, {repr(parts).replace('ShardRange', 'Part')})"
     settings = {
         "weights": weights.hexdigest(),
@@ -161,7 +161,7 @@ def read_features(path: str | Path, array: str = "embedding") -> dict[str, Tenso
                 found |= {row["image"]: named[row["image"]] for row in group}
             else:
                 raise ValueError(f"{path} holds no {array}, or is not complete")
-    except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+    except (json.JSONDecodeError, KeyError, IndexError, TypeError, EOFError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
     if len(found) < len(rows):
         raise ValueError(f"{path}: {len(rows)} images have {len(found)} names, so read its files by {INDEX}")
@@ -178,7 +178,7 @@ def _read_named(path: Path, array: str) -> Arrays:
             names = list(file.keys())
             read = file.get_tensor if path.suffix != ".npz" else lambda name: torch.from_numpy(file[name])
             found = {name.removesuffix(suffix): read(name) for name in names if name.endswith(suffix)}
-    except (SafetensorError, zipfile.BadZipFile) as error:
+    except (SafetensorError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"{path} is damaged ({error})") from error
     if not found:
         others = sorted({name.rpartition("/")[2] for name in names})

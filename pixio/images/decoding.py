@@ -39,7 +39,8 @@ def decode(data: bytes, upright: bool = True, max_pixels: int | None = None) -> 
     Args:
         data: the encoded image.
         upright: turn it as its EXIF data say; else the pixels stay where they are stored.
-        max_pixels: refused above, by default MAX_PIXELS; twice that at most, where Pillow refuses by itself.
+        max_pixels: larger images are refused; by default MAX_PIXELS, at most twice that, which is Pillow's
+            own limit.
 
     Returns:
         RGB image, 8 bits per channel.
@@ -50,7 +51,7 @@ def decode(data: bytes, upright: bool = True, max_pixels: int | None = None) -> 
 
     def rgb(image: Image.Image) -> Image.Image:
         if data.startswith(b"\xff\xd8") and jpeg.too_many_scans(data):
-            raise DamagedDataError(f"a JPEG of more than {jpeg.MAX_SCANS} scans")
+            raise DamagedDataError(f"a JPEG of more than {jpeg.MAX_SCANS} scans takes too long to decode")
         turn = _UPRIGHT.get(orientation(image.info.get("exif"))) if upright else None
         image = to_rgb(image)
         return image.transpose(turn) if turn is not None else image
@@ -94,7 +95,7 @@ def _open(data: bytes, use: Callable[[Image.Image], Any], max_pixels: int | None
 
 
 def read_turn(data: bytes) -> int:
-    """How the camera was held that took an encoded image; see `orientation`.
+    """EXIF orientation of an encoded image, 1 to 8; see `orientation`.
 
     Raises:
         DamagedDataError: not an image of these formats, or above MAX_PIXELS.
@@ -128,13 +129,18 @@ def _lacks_only_end_marker(data: bytes) -> bool:
 
 
 def check_pixels(width: int, height: int, max_pixels: int | None = None) -> None:
+    """Refuse an image of more pixels than allowed, by default MAX_PIXELS.
+
+    Raises:
+        DamagedDataError: it has more.
+    """
     limit = max_pixels or MAX_PIXELS
     if width * height > limit:
-        raise DamagedDataError(f"{width} x {height} is above {limit} pixels")
+        raise DamagedDataError(f"{width} x {height} pixels, more than the {limit:,} allowed")
 
 
 def orientation(exif: bytes | None) -> int:
-    """How a camera was held, 1 (upright) to 8; 1 also where the metadata cannot be read."""
+    """EXIF orientation, 1 (upright) to 8; 1 also where it is missing, unreadable or none of these."""
     if not exif:
         return 1
     try:
@@ -142,7 +148,8 @@ def orientation(exif: bytes | None) -> int:
             warnings.simplefilter("ignore")
             tags = Image.Exif()
             tags.load(exif)
-            return int(tags.get(_EXIF_ORIENTATION, 1))
+            value = int(tags.get(_EXIF_ORIENTATION, 1))
+            return value if value in _UPRIGHT else 1
     except Exception:  # as hostile as the pixels, but worth no image
         return 1
 

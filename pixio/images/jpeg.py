@@ -41,16 +41,14 @@ def read_frame(data: bytes) -> Frame | None:
     while at + 10 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
         if marker == _SCAN:
-            if frame is None or (
-                not (frame.baseline and data[at + 4] == channels) and too_many_scans(data)
-            ):  # of a baseline JPEG whose first scan has all channels the others are not read
+            if frame is None:
                 return None
-            return frame._replace(exif=exif)
+            # of a baseline JPEG whose first scan has all channels, later scans are not read
+            one_scan = frame.baseline and data[at + 4] == channels
+            return None if not one_scan and too_many_scans(data) else frame._replace(exif=exif)
         if marker in _BASELINE + _PROGRESSIVE:
             height, width = (int.from_bytes(data[at + i : at + i + 2], "big") for i in (5, 7))
-            samplings = data[
-                at + 11 : at + 10 + 3 * data[at + 9] : 3
-            ]  # of each channel: horizontal, vertical
+            samplings = data[at + 11 : at + 10 + 3 * data[at + 9] : 3]  # per channel: horizontal, vertical
             channels = len(samplings)
             if frame or data[at + 4] != 8 or channels not in (1, 3) or not height or not width:
                 return None

@@ -44,7 +44,7 @@ def draw_depth(
     colors = matplotlib.colormaps["turbo"].with_extremes(bad=UNKNOWN)
     with _panels(path, images, list(maps), side) as axes:
         for row, *depths in zip(axes, *maps.values(), strict=True):
-            depths = [np.ma.masked_outside(_thin(depth), min_depth, max_depth) for depth in depths]
+            depths = [np.ma.masked_outside(_subsample(depth), min_depth, max_depth) for depth in depths]
             far = depths[0].max() if depths[0].count() else max_depth
             for axis, depth in zip(row[1:], depths, strict=True):
                 shown = axis.imshow(depth, cmap=colors, vmin=0, vmax=far, interpolation="nearest")
@@ -75,7 +75,8 @@ def draw_classes(
             for axis, classes in zip(row[1:], masks, strict=True):
                 classes = np.minimum(classes.astype(np.int64), len(names))
                 pixels += np.bincount(classes.ravel(), minlength=len(pixels))
-                axis.imshow(_thin(classes), cmap=shades, vmin=0, vmax=len(names), interpolation="nearest")
+                shown = _subsample(classes)
+                axis.imshow(shown, cmap=shades, vmin=0, vmax=len(names), interpolation="nearest")
         seen = [c for c in np.argsort(-pixels[:-1], kind="stable") if pixels[c]]
         drawn = axes[0, 0].figure
         named = max(int(drawn.get_figheight() / _LINE) - 2, 1)
@@ -98,13 +99,13 @@ def _panels(
         for title, axis in zip(("input", *titles), axes[0], strict=True):
             axis.set_title(title)
         for row, image in zip(axes, images, strict=True):
-            row[0].imshow(_thin(image))
+            row[0].imshow(_subsample(image))
             for axis in row:
                 axis.set_axis_off()
         yield axes
 
 
-def _thin(pixels: np.ndarray) -> np.ndarray:
-    """Every so manyth pixel of an image or map so large that a picture of it would take long."""
+def _subsample(pixels: np.ndarray) -> np.ndarray:
+    """Every n-th row and column of an image or map that is larger than it is drawn."""
     step = max(max(pixels.shape[:2]) // _SHOWN, 1)
     return pixels[::step, ::step]

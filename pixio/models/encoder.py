@@ -1,7 +1,7 @@
 """PixioViT, the encoder: a plain vision transformer with several class tokens.
 
 Letters: B images, H x W pixels, p patch size, N = H/p * W/p patches, C class tokens, V visible patches,
-D width.
+D width, K images whose branch is computed.
 """
 
 from collections.abc import Callable, Sequence
@@ -101,13 +101,18 @@ class PixioViT(nn.Module):
     def start_from_sincos(self) -> None:
         """Start the learned positions of patches from MAE's sine-cosine tables.
 
-        The published start, normal with std 0.02, is a fiftieth of a patch's embedding: attention cannot
-        tell places apart until it has grown, which takes more steps than a small run has.
+        The published initialization, normal with std 0.02, has a fiftieth of the scale of a patch's
+        embedding: attention cannot tell positions apart until it has grown, which takes more steps than a
+        small run has.
         """
         self.pos_embed[:, self.n_cls_tokens :] = sincos_positions(self.grid, self.embed_dim)
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
-        """Patches per column and per row of a height x width image (pixels)."""
+        """Patch grid (rows, columns) of an image of height x width pixels.
+
+        Raises:
+            ValueError: a side that is not a multiple of the patch size.
+        """
         p = self.patch_size
         if height < p or width < p or height % p or width % p:
             raise ValueError(

@@ -79,12 +79,10 @@ def fingerprint(encoder: nn.Module) -> str:
 
 
 def _load_pixio(name: str, pretrained: str | Path | None, options: dict[str, Any]) -> PixioViT:
-    if name not in registry.list_models():
-        close = difflib.get_close_matches(name, registry.list_models(), n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
+    if name not in (known := registry.list_models()):
+        hint = registry.did_you_mean(name, known)
         raise ValueError(
-            f"unknown encoder '{name}': {hint}choose one of {', '.join(registry.list_models())}, "
-            "timm/NAME or hf/FOLDER"
+            f"unknown encoder '{name}': {hint}choose one of {', '.join(known)}, timm/NAME or hf/FOLDER"
         )
     if pretrained is None:
         return registry.create_model(name, **options)
@@ -205,7 +203,7 @@ class TimmEncoder(_Adaptor):
 
 
 def _load_timm(model: nn.Module, path: str | Path, name: str) -> None:
-    """Load a weight file strictly, but for a classifier's head, which the encoder has none of."""
+    """Load a weight file strictly, without the classifier's head, which the encoder does not have."""
     convert = importlib.import_module(type(model).__module__).checkpoint_filter_fn
     try:
         state = convert(wrappers.find_state(reading.read_file(path), path)[0], model)
@@ -235,7 +233,7 @@ def _embed(embeddings: nn.Module, images: Tensor) -> Tensor:
 
 
 def _embed_mae(embeddings: nn.Module, images: Tensor) -> Tensor:
-    """All patches in order: `mask_ratio` is 0, and growing noise keeps the shuffle from shuffling."""
+    """All patches in order: `mask_ratio` is 0, and rising noise makes ViT-MAE's shuffle the identity."""
     p = embeddings.config.patch_size
     n = (images.shape[-2] // p) * (images.shape[-1] // p)
     order = torch.arange(n, device=images.device).expand(len(images), -1)

@@ -1,9 +1,9 @@
 """The layers of Pixio's encoder and decoder: plain pre-norm transformer blocks, with only the options Pixio
 uses.
 
-Letters: B images, H x W pixels, N patches, T tokens, D width. Parameter names follow timm and MAE
-(https://github.com/huggingface/pytorch-image-models, https://github.com/facebookresearch/mae), so that
-released files load as they are.
+Letters: B images, C channels, H x W pixels, p patch size, N patches, T tokens, D width, K images whose
+branch is computed. Parameter names follow timm and MAE (https://github.com/huggingface/pytorch-image-models,
+https://github.com/facebookresearch/mae), so that released files load as they are.
 """
 
 import torch
@@ -82,8 +82,8 @@ class Block(nn.Module):
             x: [B, T, D].
             scales: from `stochastic_depth`, [2, B]: factors of the attention and the MLP branch of each
                 image; None = 1.
-            ids: from `images_to_keep`, int64 [2, K]: the images whose branches are computed, and scaled to
-                keep the mean; None = all.
+            ids: from `images_to_keep`, int64 [2, K]: the images whose attention and whose MLP branch is
+                computed, and scaled by B/K to keep the mean; None = all.
         """
         if ids is not None:
             x = _add_to(x, self.attn(self.norm1(x.index_select(0, ids[0]))), ids[0])
@@ -137,7 +137,7 @@ def images_to_keep(rate: float, depth: int, batch: int, device: torch.device) ->
     counts = [max(round(batch * (1 - rate * i / max(depth - 1, 1))), 1) for i in range(depth)]
     kept = [None if count == batch else order[i, :, :count] for i, count in enumerate(counts)]
     for ids in kept:
-        if ids is not None:  # compiled blocks need not be compiled for each number
+        if ids is not None:  # one compiled block serves every K
             torch._dynamo.maybe_mark_dynamic(ids, 1)
     return kept
 

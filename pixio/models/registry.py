@@ -1,7 +1,7 @@
 """Models by name: built, filled from any source of weights, and listed; the table is `builders`."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +85,15 @@ def create_model(name: str, pretrained: str | Path | None = None, **options: Any
     """
     builders = _ENCODERS | _MAES
     if name not in builders:
-        close = difflib.get_close_matches(name, builders, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
+        hint = did_you_mean(name, builders)
         raise ValueError(f"unknown model '{name}': {hint}choose one of {', '.join(builders)}")
     return builders[name](pretrained, **options)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint at the known name nearest to an unknown one, ending in a blank; empty if none is near."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {close[0]}? " if close else ""
 
 
 def from_pretrained(
@@ -196,9 +201,11 @@ def initialize_from(model: PixioMAE, source: str | Path, decoder: bool = False) 
     if decoder:
         encoder_state, decoder_state, _, named = _read_mae(source)
         named_heads, decoder_heads = (named.get(part, (0, 0, 0))[2] for part in ("encoder", "decoder"))
-        ours = model.decoder_blocks[0].attn.num_heads
-        if decoder_heads not in (0, ours):
-            raise ValueError(f"{source} was made with {decoder_heads} decoder heads, the model has {ours}")
+        expected = model.decoder_blocks[0].attn.num_heads
+        if decoder_heads not in (0, expected):
+            raise ValueError(
+                f"{source} was made with {decoder_heads} decoder heads, the model has {expected}"
+            )
     else:
         (encoder_state, named_heads), decoder_state = reading.read_encoder(source), {}
     sizes, (height, width) = loading.infer_sizes(encoder_state, source), model.encoder.grid
@@ -212,8 +219,8 @@ def initialize_from(model: PixioMAE, source: str | Path, decoder: bool = False) 
         resized = f"positions of {source} resized from {side} x {side} to {height} x {width} patches"
     fill_encoder(model.encoder, encoder_state, named_heads, source)
     if decoder:
-        ours = {f"encoder.{key}": value for key, value in model.encoder.state_dict().items()}
-        loading.assign(model, ours | decoder_state, source)
+        encoder_state = {f"encoder.{key}": value for key, value in model.encoder.state_dict().items()}
+        loading.assign(model, encoder_state | decoder_state, source)
     return resized
 
 

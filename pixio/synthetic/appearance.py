@@ -169,11 +169,6 @@ def _dots(u: Array, v: Array, blur: Array, duty: float, lattice: Array) -> Array
     return _step(0.15 + 0.3 * duty - np.hypot(_off_center(u), _off_center(v)), blur)
 
 
-def _clouds(u: Array, v: Array, blur: Array, duty: float, lattice: Array) -> Array:
-    rough = 0.65 * _value_noise(lattice, u, v) + 0.35 * _value_noise(lattice, 2.3 * u, 2.3 * v)
-    return np.clip(2.2 * (rough - 0.5) + duty, 0, 1)
-
-
 def _waves(u: Array, v: Array, blur: Array, duty: float, lattice: Array) -> Array:
     return 0.5 + 0.5 * np.sin(2 * math.pi * (u + 1.5 * _value_noise(lattice, 0.5 * u, 0.5 * v)))
 
@@ -186,7 +181,6 @@ _PATTERNS = {
     "checks": _checks,
     "bricks": _bricks,
     "dots": _dots,
-    "clouds": _clouds,
     "waves": _waves,
 }
 

@@ -92,7 +92,7 @@ class Layout:
 
 
 def _scene(group: Group, resolution: tuple[int, int] | None = None) -> Scene:
-    """Renders a group's only scene, resampled to (height, width) where the layout has its own resolution."""
+    """Render a group's only scene, resampled to (height, width) where the layout has its own resolution."""
     if resolution is None:
         return render(group.seed, group.size)
     height, width = resolution

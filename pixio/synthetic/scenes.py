@@ -100,7 +100,7 @@ class _View:
     pixel: float
 
     def shade(self, rays: Array) -> tuple[Array, Array, Array, Array, Array]:
-        """Follow rays [3, N] and lights what they meet.
+        """Follow rays [3, N] and light what they meet.
 
         Returns:
             Light [3, N], depth [N], surface [N] (as in `trace`), unit normals [3, N], and how many lights

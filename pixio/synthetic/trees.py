@@ -40,7 +40,7 @@ def write_tree(
     workers: int = 0,
     per_tar: int = 1000,
 ) -> TreeSummary:
-    """Renders scenes into a folder laid out as a public data set.
+    """Render scenes into a folder laid out as a public data set.
 
     The same arguments give the same bytes, whatever `workers` is. Every file is whole or
     absent; `scenes.json`, written last, holds the arguments. An identical call resumes an interrupted one
@@ -94,7 +94,7 @@ def write_tree(
 
 
 def _check_numbers(layout: str, **numbers: int) -> None:
-    """Refuses numbers that no tree can have, and more images than the layout has names for."""
+    """Refuse numbers that no tree can have, and more images than the layout has names for."""
     for name, value in numbers.items():
         least = 1 if name in ("size", "per_tar") else 0
         if value < least:
@@ -108,13 +108,13 @@ def _check_numbers(layout: str, **numbers: int) -> None:
 
 
 def _check_same(root: Path, record: Path, request: dict[str, object]) -> None:
-    """Refuses a folder that was not begun with the same request."""
+    """Refuse a folder that was not begun with the same request."""
     if not record.exists():
         raise ValueError(f"{root} is not empty and holds no rendered tree; choose an empty or new folder")
     found = read_json(record)
     if found != request:
         raise ValueError(
-            f"{root} holds another rendered tree: {json.dumps(found)}, asked for was {json.dumps(request)}; "
+            f"{root} holds another rendered tree: made with {json.dumps(found)}, not {json.dumps(request)}; "
             "choose another folder or delete this one"
         )
 

@@ -267,12 +267,12 @@ def _check_multiples(graph: Any, patch_size: int) -> None:
         for name, value in constants.items()
     }
     sides = ir.node("Shape", [images], {"start": 2, "end": 4})
-    rests = ir.node("Mod", [sides.outputs[0], values["patch"].outputs[0]])
+    remainders = ir.node("Mod", [sides.outputs[0], values["patch"].outputs[0]])
     name = f"height_and_width_of_images_must_be_multiples_of_{patch_size}"
-    zeros = ir.node("Gather", [values["zero"].outputs[0], rests.outputs[0]], {"axis": 0}, name=name)
+    zeros = ir.node("Gather", [values["zero"].outputs[0], remainders.outputs[0]], {"axis": 0}, name=name)
     zero = ir.node("ReduceSum", [zeros.outputs[0], values["axes"].outputs[0]], {"keepdims": 0})
     checked = ir.node("Add", [images, zero.outputs[0]])
-    graph.insert_before(graph[0], [*values.values(), sides, rests, zeros, zero, checked])
+    graph.insert_before(graph[0], [*values.values(), sides, remainders, zeros, zero, checked])
     for node, index in uses:
         node.replace_input_with(index, checked.outputs[0])
 
@@ -288,7 +288,7 @@ class _LastBlock(nn.Module):
 
 
 def _write_tensors(state: State, path: Path) -> None:
-    # Views would drag all of their storage into a torch file, and safetensors refuses them.
+    # torch.save would write all of a view's storage, and safetensors refuses views.
     state = {
         key: value
         if value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
@@ -315,11 +315,13 @@ def _write_transformers(state: State, sizes: dict[str, Any], folder: Path) -> No
         "mlp_ratio": int(sizes["mlp_ratio"]),
         "output_hidden_states": True,  # the examples of transformers' documentation read them
     }
+    side = sizes["img_size"]
+    height, width = (side, side) if isinstance(side, int) else side
     preprocessor = {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"height": sizes["img_size"], "width": sizes["img_size"]},
+        "size": {"height": height, "width": width},
         "resample": _BICUBIC,
         "do_center_crop": False,
         "do_rescale": True,

@@ -12,18 +12,22 @@ from pixio.weights.key_mapping import State
 
 SIZES = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "mlp_ratio", "n_cls_tokens")
 """Arguments of `PixioViT` that a state dict shows; the number of heads leaves no trace in tensors."""
-_SHOWING = ("patch_embed.proj.weight", "cls_token", "pos_embed", "blocks.0.mlp.fc1.weight")
+_SIZE_KEYS = ("patch_embed.proj.weight", "cls_token", "pos_embed", "blocks.0.mlp.fc1.weight")
 
 
 def infer_sizes(state: State, source: str | Path) -> dict[str, Any]:
-    """Arguments of `PixioViT`, all but the heads, that a state dict was made with (square grids only)."""
-    if missing := [key for key in _SHOWING if key not in state]:
+    """Arguments of `PixioViT`, all but the heads, that a state dict was made with (square grids only).
+
+    Raises:
+        ValueError: a tensor that shows them is missing or has an impossible shape.
+    """
+    if missing := [key for key in _SIZE_KEYS if key not in state]:
         raise ValueError(
             f"{source} is not a Pixio encoder: {missing_keys(missing, state)}; its keys are {some(state)}"
         )
-    projection, cls_token, positions, fc1 = (state[key] for key in _SHOWING)
+    projection, cls_token, positions, fc1 = (state[key] for key in _SIZE_KEYS)
     if [projection.ndim, cls_token.ndim, positions.ndim, fc1.ndim] != [4, 3, 3, 2]:
-        shapes = ", ".join(f"{key} {list(state[key].shape)}" for key in _SHOWING)
+        shapes = ", ".join(f"{key} {list(state[key].shape)}" for key in _SIZE_KEYS)
         raise ValueError(f"{source} is not a Pixio encoder: its shapes are {shapes}")
     width, channels, patch_size, _ = projection.shape
     n_cls_tokens, n_positions, hidden = cls_token.shape[1], positions.shape[1], fc1.shape[0]

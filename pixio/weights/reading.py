@@ -22,7 +22,7 @@ from pixio.weights.wrappers import split_state
 _NAME = re.compile(r"enc(\d+)x(\d+)h(\d+)_dec(\d+)x(\d+)h(\d+)$")
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_MAX_SHARING = 4  # tensors may share what is stored, as tied weights do
+_MAX_SHARING = 4  # bytes of tensors per byte of the file: tied weights share their storage
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -113,16 +113,16 @@ def read_file(path: str | Path) -> dict[str, Any]:
 
 def _check_size(content: dict[str, Any], path: Path) -> None:
     """Refuse what is much larger in memory than in its file: views of a few numbers, repeated without end."""
-    size, asked = path.stat().st_size, 0
+    size, needed = path.stat().st_size, 0
     try:
         for part in parts_of(content, size):
             if isinstance(part, torch.Tensor) and part.layout == torch.strided:
-                asked += part.numel() * part.element_size()
+                needed += part.numel() * part.element_size()
     except ValueError as error:
         raise ValueError(f"{path} is not a weight file: {error}") from None
-    if asked > _MAX_SHARING * size:
+    if needed > _MAX_SHARING * size:
         raise ValueError(
-            f"{path} is not a weight file: its tensors would take {asked:,} bytes, the file has {size:,}; "
+            f"{path} is not a weight file: its tensors would take {needed:,} bytes, the file has {size:,}; "
             "save them as contiguous copies"
         )
 

@@ -21,9 +21,8 @@ _WRAPPERS = {  # whole parts of keys, in front or inside
     "inner",  # activation checkpointing in UniCeption
 }
 _ANCHOR = re.compile(r"(.*\.)?(patch_embed\.proj|embeddings\.patch_embeddings\.projection)\.weight")
-_BESIDE = re.compile(
-    r"decoder_|mask_token$|last_proj\."
-)  # in flat files: MAE's decoder, a student's projector
+# Keys in flat files that are not the encoder's: MAE's decoder, a student's projector.
+_BESIDE = re.compile(r"decoder_|mask_token$|last_proj\.")
 
 
 def split_state(content: dict[str, Any], source: str | Path) -> tuple[State, State]:
@@ -101,9 +100,8 @@ def _unwrapped(state: dict[str, Any], source: str | Path) -> State:
     unwrapped: State = {}
     for key, value in state.items():
         name = unwrapped_key(str(key))
-        if (
-            not isinstance(value, Tensor) or name.split(".")[-1] == "n_averaged"
-        ):  # a counter of averaged models
+        is_counter = name.split(".")[-1] == "n_averaged"  # of an averaged model
+        if is_counter or not isinstance(value, Tensor):
             continue
         if name in unwrapped:
             raise ValueError(f"{source}: {key} and another key both stand for {name}; save the weights again")

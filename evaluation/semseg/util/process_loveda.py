@@ -29,7 +29,7 @@ def convert_folder(masks: Path) -> int:
     Raises:
         ValueError: an unreadable mask, or values that LoveDA's masks do not have; nothing has changed.
     """
-    originals, partial = masks.with_name("masks_png_raw"), masks.with_name(".masks_png.partial")
+    originals, temporary = masks.with_name("masks_png_raw"), masks.with_name(".masks_png.partial")
     if masks.exists() and originals.exists():
         return 0
     source = masks if masks.exists() else originals  # killed between the two renames below
@@ -43,15 +43,15 @@ def convert_folder(masks: Path) -> int:
             f"0-{NCLASS - 1} and {IGNORE} in converted ones, not a mixture: unpack them again"
         )
 
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir()
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir()
     for path in files:
         mask = Image.fromarray(drop_zero(open_mask(path).whole()))
-        write_atomic(partial / path.name, lambda file, mask=mask: mask.save(file, "PNG"))
+        write_atomic(temporary / path.name, lambda file, mask=mask: mask.save(file, "PNG"))
     if source is masks:
         masks.rename(originals)
-    partial.rename(masks)
+    temporary.rename(masks)
     return len(files)
 
 
