@@ -299,6 +299,12 @@ def test_split_files_of_other_programs_are_read(tmp_path, content):
     assert read_split_file(tmp_path, tmp_path / "split.txt") == expected
 
 
+def test_a_split_file_in_damaged_utf_16_is_named(tmp_path):
+    (tmp_path / "split.txt").write_bytes("a.jpg a.png".encode("utf-16")[:-1])
+    with pytest.raises(ValueError, match=r"split\.txt begins as UTF-16, but is not"):
+        read_split_file(tmp_path, tmp_path / "split.txt")
+
+
 def test_the_lists_of_bts_are_read_below_the_root_of_nyuv2_and_kitti(tmp_path):
     nyuv2, kitti = (depth_data.depth_source(name, 1, 10, None, False).folders for name in ("nyuv2", "kitti"))
     touch(tmp_path, ["sync/attic/rgb_1.jpg", "sync/attic/sync_depth_1.png"])

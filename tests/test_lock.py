@@ -111,6 +111,16 @@ def test_a_lock_that_was_cut_short_does_not_block(tmp_path, monkeypatch):
         pass
 
 
+def test_a_full_disk_leaves_no_lock(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "run.lock")
+
+    monkeypatch.setattr(lock_module, "write_json", full)
+    with pytest.raises(OSError, match="No space left"), lock_folder(tmp_path, ALONE):
+        pass
+    assert not (tmp_path / "run.lock").exists()
+
+
 def test_a_run_whose_lock_was_taken_over_ends(tmp_path, monkeypatch):
     exits = threading.Event()
     monkeypatch.setattr(lock_module, "RENEWAL", 0.1)

@@ -5,9 +5,11 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 
+from pixio.cli import main as cli
 from pixio.engine.program import program
 
 BODY = """
@@ -93,6 +95,20 @@ def test_ctrl_c_before_there_is_anything_to_save_is_one_line(capsys):
         raise KeyboardInterrupt
     assert stopped.value.code == 130
     assert capsys.readouterr().err == "prog: interrupted\n"
+
+
+def test_a_warning_is_one_line_in_every_program(monkeypatch):
+    before, shown = warnings.formatwarning, []
+
+    def warn(*_):
+        shown.append(warnings.formatwarning(UserWarning("few"), UserWarning, "code.py", 1))
+
+    with program("prog", "eval"):
+        warn()
+    monkeypatch.setattr(cli.Info, "run", warn)
+    cli.main(["info"])
+    assert shown == ["warning: few\n"] * 2
+    assert warnings.formatwarning is before
 
 
 def test_a_missing_library_is_named_with_the_extra_that_brings_it(monkeypatch):

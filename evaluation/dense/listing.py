@@ -94,13 +94,16 @@ def read_split_file(root: Path, file: Path, folders: tuple[str, ...] = ()) -> li
 
     Raises:
         FileNotFoundError: no such list, or a file in it does not exist.
-        ValueError: a line that is not two paths.
+        ValueError: a line that is not two paths, or damaged UTF-16.
     """
     if not file.is_file():
         raise FileNotFoundError(f"no split file at {file.absolute()}")
     data, exists, pairs, missing = file.read_bytes(), finder(root), [], []
     utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    text = data.decode("utf-16") if utf16 else data.decode("utf-8-sig", errors="surrogateescape")
+    try:
+        text = data.decode("utf-16") if utf16 else data.decode("utf-8-sig", errors="surrogateescape")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} begins as UTF-16, but is not: {error}") from None
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue

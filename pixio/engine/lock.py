@@ -72,7 +72,11 @@ class _Lock:
         }
         try:
             os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            write_json(self._path, self._mine)
+            try:
+                write_json(self._path, self._mine)
+            except OSError:  # a full disk: an empty lock would make the next run wait
+                self._path.unlink(missing_ok=True)
+                raise
         except FileExistsError:
             if not self._is_held():
                 write_json(self._path, self._mine)

@@ -21,8 +21,6 @@ def program(name: str, extra: str, failures: tuple[type[Exception], ...] = ()) -
         failures: exceptions, beside the common ones, whose message is all a user needs.
     """
     expected: tuple[type[Exception], ...] = (ValueError, OSError, ImportError, *failures)
-    shown = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # no line of ours
     with lasting_output():
         try:
             yield
@@ -31,8 +29,6 @@ def program(name: str, extra: str, failures: tuple[type[Exception], ...] = ()) -
         except KeyboardInterrupt:  # where nothing is saved yet
             print(f"{name}: interrupted", file=sys.stderr)
             raise SystemExit(130) from None
-        finally:
-            warnings.formatwarning = shown
 
 
 def explain(error: Exception, extra: str = "all") -> str:
@@ -49,11 +45,13 @@ def explain(error: Exception, extra: str = "all") -> str:
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """Keep the program going when stdout or stderr cannot be written to.
+    """Keep the program going when stdout or stderr cannot be written to, and show a warning as one line.
 
     A reader that goes away (`| head`) gets no more, a full disk gets nothing until there is space again, and
     characters that the terminal does not know are escaped.
     """
+    shown = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without the line of code
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -61,6 +59,7 @@ def lasting_output() -> Iterator[None]:
         try:
             yield
         finally:
+            warnings.formatwarning = shown
             sys.stdout.flush()
 
 
