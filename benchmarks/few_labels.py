@@ -115,6 +115,15 @@ def run(config: BenchmarkConfig, root: Path, weights: str, n: int, seed: int, lr
     return eval_semseg.main([f"--{key}={value}" for key, value in flags.items()])["last"]["miou"]
 
 
+def markdown(table: dict[str, dict[int, list[float]]]) -> str:
+    """Mean and standard deviation over the seeds, a row for each number of labels."""
+    lines = ["| labeled images | " + " | ".join(table) + " |", "|---" * (len(table) + 1) + "|"]
+    for n in next(iter(table.values())):
+        cells = (f"{np.mean(values[n]):.1f} ± {np.std(values[n]):.1f}" for values in table.values())
+        lines.append(f"| {n} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def draw(path: Path, table: dict[str, dict[int, list[float]]]) -> None:
     """Both curves over the number of labels, with the standard deviation over the seeds as bars."""
     with figure(path, 4.5, 3.2) as drawn:
@@ -141,10 +150,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[int, list[float]]]:
                 for lr in config.lr
             ]
             table[side][n] = max(rates, key=statistics.mean)
-    print(f"{'labels':>8}" + "".join(f"{side:>20}" for side in _SIDES))
-    for n in config.labels:
-        cells = (f"{np.mean(table[side][n]):.1f} ± {np.std(table[side][n]):.1f}" for side in _SIDES)
-        print(f"{n:>8}" + "".join(f"{cell:>20}" for cell in cells))
+    print(markdown(table))
     write_json(config.output / "few_labels.json", table)
     draw(config.output / "few_labels.png", table)
     return table

@@ -79,9 +79,12 @@ def test_the_page_of_the_hour_is_written_from_what_was_measured(tmp_path, monkey
             return torch.ones(128, 128, dtype=torch.float32 if self.depth else torch.uint8)
 
     monkeypatch.setattr(hour, "run", commands.append)
-    monkeypatch.setattr(
-        few_labels, "main", lambda words: labels.append(parse(few_labels.BenchmarkConfig, words))
-    )
+
+    def tuned(words):
+        labels.append(parse(few_labels.BenchmarkConfig, words))
+        return {"pre-trained": {2: [20.0, 22.0]}, "from scratch": {2: [10.0, 10.0]}}
+
+    monkeypatch.setattr(few_labels, "main", tuned)
     monkeypatch.setattr(hour, "probe_all", lambda *_: {"raw pixels": {"mIoU": [7.04], "depth R2": [0.02]}})
     results = {"last": {"abs_rel": 0.25, "miou": 31.26}}
     monkeypatch.setattr(hour, "read_json", lambda path: results)
@@ -91,6 +94,7 @@ def test_the_page_of_the_hour_is_written_from_what_was_measured(tmp_path, monkey
     page = (tmp_path / "docs/hour.md").read_text()
     assert "| raw pixels | 7.0 | 0.020 |" in page
     assert "| pre-trained encoder | 0.250 | 31.3 |" in page
+    assert "| 2 | 21.0 ± 1.0 | 10.0 ± 0.0 |" in page
     assert {path.name for path in (tmp_path / "assets").iterdir()} == {
         "hour_few_labels.png",
         "hour_reconstruction.png",
