@@ -181,10 +181,10 @@ def draw(results: dict[str, list[dict]], path: Path) -> None:
 
 PAGE = """# The three changes at a laptop's scale
 
-`PYTHONPATH=.:pretraining python benchmarks/ablation.py --steps {steps} --update_docs` wrote this page: {steps}
-steps of {batch_size} images, {seeds} seeds, lr {lr:g}, an encoder of 64 x 4 on {images} rendered scenes of 64 pixels.
-Mean ± standard deviation over the seeds; probes as in the demo. Losses of settings with different
-cells are not comparable: larger cells hide more.
+`PYTHONPATH=.:pretraining python benchmarks/ablation.py --steps {steps} --update_docs` wrote this page: {seeds}
+seeds of {batch_size} images a step, lr {lr:g}, an encoder of 64 x 4 on {images} rendered scenes of 64 pixels.
+Mean ± standard deviation over the seeds; probes as in the demo. Losses of settings with different cells are
+not comparable: larger cells hide more.
 
 {table}
 ![Every seed a dot, the mean a line](../assets/ablation.png)
