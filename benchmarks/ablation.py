@@ -199,7 +199,7 @@ PAGE = """# The three changes at a laptop's scale
 cells are not comparable: larger cells hide more.
 
 {table}
-![Every seed a dot, the mean a line](../assets/ablation.png)
+![Probes and held-out loss of six settings: a dot for each seed, a line for the mean](../assets/ablation.png)
 
 {verdict}
 

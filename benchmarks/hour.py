@@ -1,4 +1,4 @@
-"""What an hour of pre-training gives: the rows of the demo, DPT heads, few labels.
+"""What an hour of pre-training gives: the rows of the demo, heads on the frozen encoder, few labels.
 
     export PYTHONPATH=.:pretraining:evaluation
     python benchmarks/hour.py pretraining/runs/pixio_vitpico8_cpu                 # resumes
@@ -27,6 +27,7 @@ from pixio.synthetic.scenes import CLASS_NAMES
 
 ENCODER, SIZE, PATCH = "pixio_vitpico8", 64, 8
 FINE = 2 * SIZE  # side of the rooms for heads and pictures: twice as many patches as in pre-training
+LR = {"linear": 1e-3, "dpt": 2e-4}  # of the heads
 HEADS = {  # metric -> what trains the head whose results.json holds it
     "abs_rel": "evaluation/eval_monodepth.py --max_depth 10",
     "miou": f"evaluation/eval_semseg.py --nclass {len(CLASS_NAMES)} --class_names {' '.join(CLASS_NAMES)}",
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder of all results; by default RUN/measured")
     parser.add_argument("--probe_scenes", type=int, nargs=2, default=[600, 300], help="to fit on, to test on")
     parser.add_argument("--scenes", type=int, nargs=2, default=[400, 200], help="for the heads: train, test")
+    parser.add_argument("--head", choices=("linear", "dpt"), default="linear", help="dpt: hours on a CPU")
     parser.add_argument("--epochs", type=int, default=10, help="epochs of the heads")
     parser.add_argument("--labels", type=int, nargs="+", default=[20, 80, 320, 800])
     parser.add_argument("--seeds", type=int, default=3, help="runs per number of labels")
@@ -58,7 +60,7 @@ def main() -> None:
         name: train_heads(options, name, file) for name, file in (("random", untrained), ("run", encoder))
     }
     print(probes := markdown(rows))
-    print(protocol := describe_heads(heads))
+    print(protocol := describe_heads(heads, options.head))
     flags = {"output": options.output / "few_labels", "pretrained": encoder, "encoder": ENCODER}
     flags |= {"seeds": options.seeds, "steps": options.steps, "lr": 1e-3}
     words = [f"--{key}={value}" for key, value in flags.items()]
@@ -88,7 +90,7 @@ def probe_all(options: argparse.Namespace, untrained: Path, encoder: Path) -> Ro
 
 
 def train_heads(options: argparse.Namespace, name: str, file: Path) -> dict[str, float]:
-    """A DPT head for depth and one for masks on a frozen encoder: metric -> value of the last epoch."""
+    """A head for depth and one for masks on a frozen encoder: metric -> value of the last epoch."""
     train, test = options.scenes
     root = options.output / "labeled"
     run(f"-m pixio scenes folder {root} --train {train} --val {test} --seed 3 --size {FINE}")
@@ -97,16 +99,17 @@ def train_heads(options: argparse.Namespace, name: str, file: Path) -> dict[str,
         output = options.output / f"{name}_{metric}"
         run(
             f"{program} --dataset folder --data_root {root} --encoder {ENCODER} --pretrained_ckp {file}"
-            f" --head dpt --crop_size {FINE} --batch_size 8 --batches_per_step 1 --epochs {options.epochs}"
-            f" --eval_freq {options.epochs} --lr 2e-4 --num_workers 0 --output_dir {output}"
+            f" --head {options.head} --crop_size {FINE} --batch_size 8 --batches_per_step 1"
+            f" --epochs {options.epochs} --eval_freq {options.epochs} --lr {LR[options.head]}"
+            f" --num_workers 0 --output_dir {output}"
         )
         found[metric] = read_json(output / "results.json")["last"][metric]
     return found
 
 
-def describe_heads(heads: dict[str, dict[str, float]]) -> str:
-    """Markdown table of the DPT heads."""
-    lines = ["| frozen encoder, DPT head | depth, abs. rel. error | masks, mIoU |", "|---|---|---|"]
+def describe_heads(heads: dict[str, dict[str, float]], head: str) -> str:
+    """Markdown table of the heads."""
+    lines = [f"| frozen encoder, {head} head | depth, abs. rel. error | masks, mIoU |", "|---|---|---|"]
     for name, title in (("random", "random encoder"), ("run", "pre-trained encoder")):
         lines.append(f"| {title} | {heads[name]['abs_rel']:.3f} | {heads[name]['miou']:.1f} |")
     return "\n".join(lines) + "\n"
@@ -124,7 +127,8 @@ def draw(options: argparse.Namespace, encoder: Path) -> None:
     flags = f"--pretrained {encoder} --size {FINE} --smooth"
     run(f"-m pixio pca {photos} {flags} --output {options.output}/pca.png")
     depth, classes = (
-        Predictor.from_pretrained(options.output / f"run_{metric}/head.pth", encoder) for metric in HEADS
+        Predictor.from_pretrained(options.output / f"run_{metric}/head.pth", encoder, mode="whole")
+        for metric in HEADS
     )
     colors = torch.tensor(classes.class_colors, dtype=torch.uint8)  # [K, 3]
     panels = {
@@ -137,12 +141,13 @@ def draw(options: argparse.Namespace, encoder: Path) -> None:
 
 PAGE = """# An hour on a laptop
 
-`PYTHONPATH=.:pretraining:evaluation python benchmarks/hour.py RUN --update_docs` wrote this page from a run
-of `pretraining/scripts/pretrain_pixio_vitpico8_cpu.sh`, seed 0. Ridge probes of patches, as in the demo:
+`PYTHONPATH=.:pretraining:evaluation python benchmarks/hour.py RUN {flags} --update_docs`
+wrote this page from a run of `pretraining/scripts/pretrain_pixio_vitpico8_cpu.sh`, seed 0. Ridge probes of
+patches, as in the demo:
 
 {probes}
-DPT heads by `evaluation/`: {scenes[0]} rendered rooms of {FINE} pixels, {epochs} epochs, batch 8, lr 2e-4,
-measured on {scenes[1]} others:
+Heads (`--head {head}`) by `evaluation/`: {scenes[0]} rendered rooms of {FINE} pixels, {epochs} epochs of
+batch 8, measured on {scenes[1]} others:
 
 {protocol}
 ![Depth and classes that these heads predict for rooms never seen](../assets/hour_dense.png)
@@ -163,7 +168,9 @@ lr 1e-3, mean ± standard deviation over {seeds} seeds:
 
 def update_docs(options: argparse.Namespace, **tables: str) -> None:
     """docs/hour.md, its pictures, and the points of the curves."""
-    write_text("docs/hour.md", PAGE.format(**vars(options), FINE=FINE, **tables))
+    labels = " ".join(map(str, options.labels))
+    flags = f"--steps {options.steps} --seeds {options.seeds} --labels {labels}"
+    write_text("docs/hour.md", PAGE.format(**vars(options), FINE=FINE, flags=flags, **tables))
     for name in ("few_labels/few_labels", "reconstruction", "pca", "dense"):
         shutil.copy(options.output / f"{name}.png", f"assets/hour_{Path(name).name}.png")
     run(

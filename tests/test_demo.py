@@ -88,7 +88,9 @@ def test_the_page_of_the_hour_is_written_from_what_was_measured(tmp_path, monkey
     monkeypatch.setattr(hour, "probe_all", lambda *_: {"raw pixels": {"mIoU": [7.04], "depth R2": [0.02]}})
     results = {"last": {"abs_rel": 0.25, "miou": 31.26}}
     monkeypatch.setattr(hour, "read_json", lambda path: results)
-    monkeypatch.setattr(hour, "Predictor", SimpleNamespace(from_pretrained=lambda head, encoder: Head(head)))
+    monkeypatch.setattr(
+        hour, "Predictor", SimpleNamespace(from_pretrained=lambda head, encoder, mode: Head(head))
+    )
     monkeypatch.setattr("sys.argv", ["hour.py", "run", "--update_docs", "--labels", "2", "4"])
     hour.main()
     page = (tmp_path / "docs/hour.md").read_text()
@@ -105,4 +107,4 @@ def test_the_page_of_the_hour_is_written_from_what_was_measured(tmp_path, monkey
         assert (255, 0, 0) in {color for _, color in picture.getcolors(1 << 24)}
     assert labels[0].labels == (2, 4)
     assert labels[0].pretrained == "run/encoder.pth"
-    assert sum("--head dpt" in command for command in commands) == 4
+    assert sum("--head linear" in command for command in commands) == 4

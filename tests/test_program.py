@@ -46,6 +46,7 @@ from pathlib import Path
 from pixio.engine.program import program
 from pixio.engine.signals import defer_signals, received
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
 with program("prog", "train"), defer_signals():
     os.kill(os.getpid(), signal.SIGINT)
     assert received(signal.SIGINT)
