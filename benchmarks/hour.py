@@ -160,8 +160,6 @@ lr 1e-3, mean ± standard deviation over {seeds} seeds:
 
 ![Half of each room is masked, and what the model predicts pasted in](../assets/hour_reconstruction.png)
 
-![Joint PCA of patch features](../assets/hour_pca.png)
-
 `pixio curves RUN --expect pretraining/expected_hour.json` compares a run of yours.
 """
 
@@ -171,7 +169,7 @@ def update_docs(options: argparse.Namespace, **tables: str) -> None:
     labels = " ".join(map(str, options.labels))
     flags = f"--steps {options.steps} --seeds {options.seeds} --labels {labels}"
     write_text("docs/hour.md", PAGE.format(**vars(options), FINE=FINE, flags=flags, **tables))
-    for name in ("few_labels/few_labels", "reconstruction", "pca", "dense"):
+    for name in ("few_labels/few_labels", "reconstruction", "dense"):
         shutil.copy(options.output / f"{name}.png", f"assets/hour_{Path(name).name}.png")
     run(
         f"-m pixio curves {options.run} --output {options.output}/curves.png"

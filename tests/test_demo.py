@@ -100,7 +100,6 @@ def test_the_page_of_the_hour_is_written_from_what_was_measured(tmp_path, monkey
     assert {path.name for path in (tmp_path / "assets").iterdir()} == {
         "hour_few_labels.png",
         "hour_reconstruction.png",
-        "hour_pca.png",
         "hour_dense.png",
     }
     with Image.open(tmp_path / "assets/hour_dense.png") as picture:  # four rooms in a row, three rows
