@@ -378,7 +378,7 @@ READERS = {
     "depth npy": Reader(_read_depth, _targets, (ValueError,)),
     "tar": Reader(_read_tar, _tars, (DamagedDataError,), TAR),
     "statistics": Reader(_read_records, _statistics, (DamagedDataError,)),
-    "yaml": Reader(_read_config, _configs, (ValueError,), LINES),
+    "yaml": Reader(_read_config, _configs, (ValueError,), LINES, slow=True),
     "log": Reader(lambda folder: save_curves([folder], io.BytesIO()), _logs, (ValueError,), LINES, slow=True),
     "log resumed": Reader(_resume_log, _logs, (), LINES),
     "report": Reader(_report, _runs, (ValueError, FileNotFoundError), slow=True),

@@ -91,47 +91,65 @@ def test_a_dry_run_needs_no_slurm_and_leaves_nothing(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def attempt(tmp_path_factory):
-    """A function that runs the batch script where srun only saves a checkpoint and ends; what it printed."""
-    folder = tmp_path_factory.mktemp("attempt")
-    pointer = folder / "exp" / "7" / "checkpoints" / "latest"
-    pointer.parent.mkdir(parents=True)
-    script = dry_run("--job_dir", folder / "exp" / "%j")
-    stubs = {"srun": f'[ -z "$SAVES" ] || echo "$SAVES" > {pointer}; exit $STATUS', "scontrol": 'echo "$@"'}
+def batch_script(tmp_path_factory) -> tuple[Path, str]:
+    """A folder of stubs, where srun only saves a checkpoint and ends, and a batch script that runs in it."""
+    folder = tmp_path_factory.mktemp("attempts")
+    latest = f"{folder}/exp/$SLURM_JOB_ID/checkpoints/latest"
+    stubs = {"srun": f'[ -z "$SAVES" ] || echo "$SAVES" > {latest}; exit $STATUS', "scontrol": 'echo "$@"'}
     for name, text in stubs.items():
         (folder / name).write_text(f"#!/bin/bash\n{text}\n")
         (folder / name).chmod(0o755)
+    return folder, dry_run("--job_dir", folder / "exp" / "%j")
 
-    def run(before: str, saves: str, status: int) -> subprocess.CompletedProcess:
-        pointer.write_text(f"{before}\n")
-        env = {"PATH": f"{folder}:{ENV['PATH']}", "SLURM_JOB_ID": "7", "SAVES": saves, "STATUS": str(status)}
+
+@pytest.fixture
+def attempt(batch_script):
+    """A function that runs one attempt of a job, and the folder of the job."""
+    folder, script = batch_script
+    job = str(len(list(folder.glob("exp/*"))))
+    output = folder / "exp" / job
+    (output / "checkpoints").mkdir(parents=True)
+
+    def run(saves: str, status: int) -> subprocess.CompletedProcess:
+        env = {"PATH": f"{folder}:{ENV['PATH']}", "SLURM_JOB_ID": job, "SAVES": saves, "STATUS": str(status)}
         return subprocess.run(["bash"], input=script, env=env, check=False, capture_output=True, text=True)
 
-    return run
+    return run, output
 
 
 @pytest.mark.parametrize(
-    ("before", "saves", "requeued"),
+    ("saves", "requeued"),
     [
-        ("", "", False),
-        ("", "step_00000008", True),
-        ("step_00000008", "", False),
-        ("step_00000008", "step_00000008-1", False),  # a loss that is not finite saves where it is
-        ("step_00000008-1", "step_00000009", True),
-        ("step_00000100", "step_00000090", False),
-        ("step_99999999", "step_100000000", True),
+        ([""], "n"),
+        (["step_00000008", "", ""], "yyn"),
+        (["step_00000008", "", "step_00000010", "", ""], "yyyyn"),
+        (["step_00000008", "step_00000008-1", ""], "yyn"),  # a loss that is not finite saves where it is
+        (["step_00000008-1", "", "step_00000009"], "yyy"),
+        (["step_99999999", "", "step_100000000"], "yyy"),
     ],
 )
-def test_a_failed_attempt_is_requeued_only_after_a_later_step(attempt, before, saves, requeued):
-    result = attempt(before, saves, status=1)
-    assert result.stdout == ("requeue 7\n" if requeued else "")
-    assert result.returncode == (0 if requeued else 1)
-    assert ("requeued" if requeued else "not requeued") in result.stderr
+def test_a_job_is_requeued_until_it_fails_three_times_at_one_step(attempt, saves, requeued):
+    run, _ = attempt
+    for name, again in zip(saves, requeued, strict=True):
+        result = run(name, status=1)
+        call, status, last = ("requeue", 0, "requeued") if again == "y" else ("", 1, "not requeued")
+        assert (result.stdout.partition(" ")[0], result.returncode) == (call, status)
+        assert result.stderr.splitlines()[-1].startswith(last)
+
+
+def test_a_job_whose_failures_cannot_be_counted_is_not_requeued(attempt):
+    """A full disk, for example; the job would be requeued for ever."""
+    run, output = attempt
+    (output / f"{output.name}_failures.txt").mkdir()
+    result = run("step_00000008", status=1)
+    assert (result.stdout, result.returncode) == ("", 1)
+    assert "not requeued" in result.stderr
 
 
 @pytest.mark.parametrize("status", [0, 75, 255])
 def test_an_attempt_that_is_finished_or_was_stopped_is_not_requeued_as_a_failure(attempt, status):
-    result = attempt("", "step_00000008", status)
+    run, _ = attempt
+    result = run("step_00000008", status)
     assert (result.stdout, result.stderr, result.returncode) == ("", "", status)
 
 
@@ -575,19 +593,19 @@ def test_a_warned_job_saves_where_it_is(jobs, name):
     assert "Traceback" not in text, text
 
 
-def test_a_job_that_fails_without_progress_is_not_tried_again(jobs):
+def test_a_job_that_fails_before_it_has_saved_is_not_tried_again(jobs):
     folder, found = jobs
     assert (found["hopeless"]["state"], found["hopeless"]["restarts"]) == ("FAILED", 0)
     assert "nothing" in said(folder / "hopeless", found["hopeless"])
 
 
-def test_a_job_that_fails_again_at_the_same_step_stays_down(jobs):
+def test_a_job_that_fails_three_times_at_the_same_step_stays_down(jobs):
     folder, found = jobs
     text = said(folder / "diverging", found["diverging"])
-    assert (found["diverging"]["state"], found["diverging"]["restarts"]) == ("FAILED", 1), text
-    assert text.count("the loss is not finite") >= 2
-    assert re.search(r"failed with status 1 after step (\d+) was saved: requeued", text), text
-    assert re.search(r"failed with status 1, and no step after \d+, .* was saved: not requeued", text), text
+    assert (found["diverging"]["state"], found["diverging"]["restarts"]) == ("FAILED", 2), text
+    assert text.count("the loss is not finite") >= 3
+    assert re.findall(r"failed with status 1, failure (\d) since step \d+ was saved", text) == ["1", "2", "3"], text
+    assert "not requeued: it has saved no step, or failed 3 times since its last one" in text
 
 
 def test_a_warned_evaluation_is_requeued_and_runs_to_the_end(jobs):

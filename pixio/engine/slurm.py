@@ -2,9 +2,9 @@
 
 A job is a script and its arguments. SLURM warns it with SIGUSR2 before a time limit or a preemption: the
 program finishes its step, saves and exits (`pixio.engine.signals`), and the job requeues itself, as it does
-where the step never ends. A job that fails is requeued too if it has saved a later step than it started from;
-one that fails where it failed before is not. The next attempt resumes by itself, because its arguments, and
-so its output folder, are the same.
+where the step never ends. A job that fails is requeued too, once it has saved a step, until it has failed
+`FAILURES` times without saving a later one. The next attempt resumes by itself, because its arguments, and so
+its output folder, are the same.
 """
 
 import contextlib
@@ -36,6 +36,7 @@ _LEFT_BY_SHELLS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 # A warning that comes while Python starts would end the process: block it until the program handles it.
 _BLOCK_WARNING = "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2]); "
 _BLOCK_WARNING += "os.execv(sys.argv[1], sys.argv[1:])"
+FAILURES = 3  # after so many in a row without a later step saved, a job is not requeued
 
 
 @dataclass(frozen=True)
@@ -212,10 +213,10 @@ def _sbatch_options(config: LaunchConfig, setup: Sequence[str], output: Path) ->
     for pair in config.slurm:
         name, equals, value = pair.partition("=")
         further[name.removeprefix("--")] = value if equals else True
-    pointer = '"$SLURM_JOB_ID"'.join(map(shlex.quote, str(output / "checkpoints" / "latest").split("%j")))
-    # The name in the pointer is step_00000100, or step_00000100-1 where that step was saved once more.
-    step_saved = f"step_saved() {{ local name=$(cat {pointer} 2>/dev/null); name=${{name#step_}}; "
-    step_saved += "echo $((10#0${name%%-*})); }"
+    pointer, failures = (
+        '"$SLURM_JOB_ID"'.join(map(shlex.quote, str(output / name).split("%j")))
+        for name in ("checkpoints/latest", "%j_failures.txt")
+    )
     options = {
         "job_name": config.job_name,
         "nodes": config.nodes,
@@ -228,18 +229,21 @@ def _sbatch_options(config: LaunchConfig, setup: Sequence[str], output: Path) ->
         "additional_parameters": further,
         # A lost process would leave the others waiting; newer srun does not inherit the job's cores.
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={config.cpus_per_task}"],
-        "setup": [*setup, step_saved, "started=$(step_saved)"],
+        "setup": [*setup],
         "teardown": [
             "status=$?",
             # 75: preempted; 255: has requeued itself
             f"if [[ ! $status =~ ^(0|{EXIT_PREEMPTED}|255)$ ]]; then",
-            "    reached=$(step_saved)",
-            "    if (( reached > started )); then",
-            '        echo "failed with status $status after step $reached was saved: requeued" >&2',
+            # the pointer says step_00000100, or step_00000100-1 where that step was saved once more
+            f"    name=$(cat {pointer} 2>/dev/null); name=${{name#step_}}; step=$((10#0${{name%%-*}}))",
+            f"    echo $step >> {failures}",
+            f"    number=$(grep -cx $step {failures})",
+            '    echo "failed with status $status, failure ${number:-?} since step $step was saved" >&2',
+            f"    if (( step > 0 && number > 0 && number < {FAILURES} )); then",
+            '        echo "requeued" >&2',
             "        exec scontrol requeue $SLURM_JOB_ID",
             "    fi",
-            '    echo "failed with status $status, and no step after $started, where this attempt began, '
-            'was saved: not requeued" >&2',
+            f'    echo "not requeued: it has saved no step, or failed {FAILURES} times since its last one" >&2',
             "fi",
             "exit $status",
         ],
