@@ -7,8 +7,8 @@
     PYTHONPATH=$PYTHONPATH:tests python benchmarks/faults.py cluster --events 50 --output runs/faults
 
 `hostile` damages the files of every reader of foreign bytes. Each input must give a result or an exception
-that the reader documents, within SECONDS, with at most MEMORY more than before, execute nothing and write
-nothing outside of its folder. `kills` kills training runs at random points and begins them again (kills.py),
+that the reader documents, within SECONDS, with at most `Reader.memory` more than before, execute nothing and
+write nothing outside of its folder. `kills` kills training runs at random points and begins them again (kills.py),
 `load` reads large numbers of files (load.py), and `cluster` disturbs jobs on a SLURM of its own (cluster.py).
 
 Each prints a table and writes it, as JSON, into --output, beside what failed; begun again it goes on where it
@@ -39,7 +39,6 @@ from weight_seeds import MARKER
 from pixio.files import read_json, write_json
 
 SECONDS = 10.0  # for one input
-MEMORY = 1 << 30  # bytes of address space that a reader may ask for beyond what the process had
 ROOT = Path(__file__).resolve().parents[1]
 _EVENTS = (
     "os.remove",
@@ -132,7 +131,7 @@ def run_inputs(
         os.chdir(folder)
         watch = Watch(folder)
         size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+        resource.setrlimit(resource.RLIMIT_AS, (size + reader.memory, size + reader.memory))
         base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with open(file, "a") as findings, open(os.devnull, "w") as quiet:
             os.dup2(quiet.fileno(), 1)  # what readers tell users

@@ -51,6 +51,7 @@ class Reader:
         refuses: the exceptions that it documents.
         format: of the file that is damaged.
         slow: takes more than a few milliseconds.
+        memory: bytes of address space that it may ask for beyond what the process had.
     """
 
     read: Callable[[Path], Any]
@@ -58,6 +59,7 @@ class Reader:
     refuses: tuple[type[BaseException], ...] = (ValueError,)
     format: Format | None = None
     slow: bool = False
+    memory: int = 1 << 30
 
 
 def damaged(reader: Reader, seeds: list[Seed], number: int, salt: str) -> Seed:
@@ -358,6 +360,7 @@ def _load(name: str) -> Callable[[Path], object]:
 
 
 _WEIGHTS = (ValueError, FileNotFoundError)
+_LARGEST = 2 << 30  # a progressive JPEG of MAX_PIXELS: coefficients of 6 bytes a pixel, Pillow's 4, ours of 3
 READERS = {
     "weights .pth": Reader(_load("x.pth"), weight_seeds.torch_files, _WEIGHTS, ZIP, slow=True),
     "weights .safetensors": Reader(
@@ -370,9 +373,9 @@ READERS = {
     "weights folder": Reader(_load(""), weight_seeds.weight_folders, _WEIGHTS, slow=True),
     "checkpoint": Reader(pixio.load_mae, weight_seeds.checkpoints, _WEIGHTS, ZIP, slow=True),
     "head file": Reader(_read_head, weight_seeds.heads, _WEIGHTS, ZIP, slow=True),
-    "jpeg": Reader(_decode_all, _jpegs, (DamagedDataError,)),
-    "png": Reader(_decode_all, _pngs, (DamagedDataError,), PNG),
-    "webp": Reader(_decode_all, _webps, (DamagedDataError,)),
+    "jpeg": Reader(_decode_all, _jpegs, (DamagedDataError,), memory=_LARGEST),
+    "png": Reader(_decode_all, _pngs, (DamagedDataError,), PNG, memory=_LARGEST),
+    "webp": Reader(_decode_all, _webps, (DamagedDataError,), memory=_LARGEST),
     "mask png": Reader(_read_mask, _pngs, (ValueError,), PNG),
     "depth png": Reader(_read_depth, _pngs, (ValueError,), PNG),
     "depth npy": Reader(_read_depth, _targets, (ValueError,)),

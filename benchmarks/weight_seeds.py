@@ -59,10 +59,12 @@ def torch_files() -> list[Seed]:
     circle: dict[str, Any] = dict(state)
     circle["model"] = circle
     content = {"model": state, "args": {"model": "x16_enc8x1h2_dec8x1h2"}, "epoch": 1}
+    legacy = _saved(content, _use_new_zipfile_serialization=False)
     files = [
         _saved(state),
         _saved(content),
-        _saved(content, _use_new_zipfile_serialization=False),
+        legacy,
+        legacy.replace(b"X\5\0\0\0model", b"X\0\0\0\x80model"),  # a key of 2 GiB
         _saved(state | {"x": Bomb()}),
         pickle.dumps(Bomb()),
         _saved(circle),

@@ -243,7 +243,7 @@ def _sbatch_options(config: LaunchConfig, setup: Sequence[str], output: Path) ->
             '        echo "requeued" >&2',
             "        exec scontrol requeue $SLURM_JOB_ID",
             "    fi",
-            f'    echo "not requeued: it has saved no step, or failed {FAILURES} times since its last one" >&2',
+            f'    echo "not requeued: no step is saved, or {FAILURES} failures since the last one" >&2',
             "fi",
             "exit $status",
         ],

@@ -5,6 +5,8 @@ what does not fit exactly is an error that says what was found, what was expecte
 """
 
 import argparse
+import io
+import os
 import pickle
 import re
 import zipfile
@@ -88,8 +90,9 @@ def read_file(path: str | Path) -> dict[str, Any]:
             return _read_safetensors(path)
         if is_archive := zipfile.is_zipfile(path):
             check_archive(path)
-        with torch.serialization.safe_globals(_ALLOWED_CLASSES):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+        with torch.serialization.safe_globals(_ALLOWED_CLASSES), _BoundedReader(io.FileIO(path)) as file:
+            source = path if is_archive else file
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=is_archive)
     except pickle.UnpicklingError as error:
         foreign = re.search(r"GLOBAL (\S+)", str(error))
         what = f"the pickle names {foreign[1]}" if foreign else "it is not a pickle of plain weights"
@@ -109,6 +112,15 @@ def read_file(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a state dict or a checkpoint")
     _check_size(content, path)
     return content
+
+
+class _BoundedReader(io.BufferedReader):
+    """A file that reserves no more memory for a read than it has bytes left, whatever its own lengths claim."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is not None and size > io.DEFAULT_BUFFER_SIZE:
+            size = min(size, os.fstat(self.fileno()).st_size - self.tell())
+        return super().read(size)
 
 
 def _check_size(content: dict[str, Any], path: Path) -> None:
