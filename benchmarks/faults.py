@@ -8,8 +8,9 @@
 
 `hostile` damages the files of every reader of foreign bytes. Each input must give a result or an exception
 that the reader documents, within SECONDS, with at most `Reader.memory` more than before, execute nothing and
-write nothing outside of its folder. `kills` kills training runs at random points and begins them again (kills.py),
-`load` reads large numbers of files (load.py), and `cluster` disturbs jobs on a SLURM of its own (cluster.py).
+write nothing outside of its folder. `kills` kills training runs at random points and begins them again
+(kills.py), `load` reads large numbers of files (load.py), and `cluster` disturbs jobs on a SLURM of its own
+(cluster.py).
 
 Each prints a table and writes it, as JSON, into --output, beside what failed; begun again it goes on where it
 was. The exit status is 1 where something was found.

@@ -360,7 +360,7 @@ def _load(name: str) -> Callable[[Path], object]:
 
 
 _WEIGHTS = (ValueError, FileNotFoundError)
-_LARGEST = 2 << 30  # a progressive JPEG of MAX_PIXELS: coefficients of 6 bytes a pixel, Pillow's 4, ours of 3
+_LARGEST = 2 << 30  # a progressive JPEG of MAX_PIXELS: 6 bytes of coefficients and 3 + 4 of pixels, each
 READERS = {
     "weights .pth": Reader(_load("x.pth"), weight_seeds.torch_files, _WEIGHTS, ZIP, slow=True),
     "weights .safetensors": Reader(
