@@ -115,7 +115,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
 
 
 class _BoundedReader(io.BufferedReader):
-    """A file that reserves no more memory for a read than it has bytes left, whatever its own lengths claim."""
+    """A file that reserves no more memory for a read than it has bytes left, whatever its lengths claim."""
 
     def read(self, size: int | None = -1) -> bytes:
         if size is not None and size > io.DEFAULT_BUFFER_SIZE:
