@@ -73,6 +73,16 @@ def test_pipes_and_braces_are_read_like_files(tmp_path):
         assert sorted(take(loader, 1)[0]) == list(range(18))
 
 
+def test_a_command_that_a_signal_ends_is_run_again(tmp_path):
+    """A scheduler warns all processes of a job; the images must be those that an undisturbed job reads."""
+    write_tars(tmp_path, [5])
+    tar, mark = tmp_path / "set-train-000.tar", tmp_path / "mark"
+    command = f"head -c 700 {tar}; [ -e {mark} ] || {{ touch {mark}; kill -USR2 $$; }}; tail -c +701 {tar}"
+    loader = Loader(open_stream("webdataset", f"pipe:{command}", size=4, batch_size=5))
+    assert sorted(take(loader, 1)[0]) == list(range(5))
+    assert mark.exists() and not loader.counts["bad_shard"]
+
+
 def test_failing_pipe_is_a_damaged_shard(tmp_path):
     write_tars(tmp_path, [5])
     loader = Loader(

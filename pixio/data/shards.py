@@ -14,6 +14,7 @@ from pixio.data.randomness import digest, generator
 from pixio.data.tar_index import Entry, index_tar, read_member
 from pixio.images.listing import IMAGE_SUFFIXES, is_junk, list_files
 
+FETCHES = 3  # times a shard behind a URL is tried
 FOLDER_CHUNK = 256  # images of a folder that make one shard
 SCENE_CHUNK, SCENE_CHUNKS = 256, 1024  # scenes in a shard, shards in an epoch
 FIRST_SCENE = 1 << 62  # far from the seeds of written scene trees, so that held-out scenes stay held out
@@ -80,14 +81,30 @@ class TarShard:
             with open(self.location, "rb") as file:
                 yield file
             return
-        import webdataset
-
         # an unlinked copy can be read at any offset, and is gone with the process whatever happens
         with tempfile.TemporaryFile() as file:
-            with webdataset.gopen(self.location) as remote:
-                shutil.copyfileobj(remote, file, 1 << 20)
-            file.flush()
+            self._fetch(file)
             yield file
+
+    def _fetch(self, file: BinaryIO) -> None:
+        """Copy what is behind the URL, if need be in several tries.
+
+        A scheduler that asks a run to stop also signals the command that fetches, and the run's last step,
+        which is saved, must not lack the images of this shard.
+        """
+        import webdataset
+
+        for left in reversed(range(FETCHES)):
+            file.seek(0)
+            file.truncate()
+            try:
+                with webdataset.gopen(self.location) as remote:
+                    shutil.copyfileobj(remote, file, 1 << 20)
+                file.flush()
+                return
+            except OSError:
+                if not left:
+                    raise
 
 
 @dataclass(frozen=True)
