@@ -27,8 +27,8 @@ from pixio.synthetic.scenes import CLASS_NAMES
 
 ENCODER, SIZE, PATCH = "pixio_vitpico8", 64, 8
 FINE = 2 * SIZE  # side of the rooms for heads and pictures: twice as many patches as in pre-training
-LR = {"linear": 1e-3, "dpt": 2e-4}  # of the heads
-HEADS = {  # metric -> what trains the head whose results.json holds it
+HEADS = {"linear": "--head linear --lr 1e-3", "dpt": "--head dpt --dpt_width 32 --lr 5e-4"}
+TASKS = {  # metric -> what trains the head whose results.json holds it
     "abs_rel": "evaluation/eval_monodepth.py --max_depth 10",
     "miou": f"evaluation/eval_semseg.py --nclass {len(CLASS_NAMES)} --class_names {' '.join(CLASS_NAMES)}",
 }
@@ -40,7 +40,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder of all results; by default RUN/measured")
     parser.add_argument("--probe_scenes", type=int, nargs=2, default=[600, 300], help="to fit on, to test on")
     parser.add_argument("--scenes", type=int, nargs=2, default=[400, 200], help="for the heads: train, test")
-    parser.add_argument("--head", choices=("linear", "dpt"), default="linear", help="dpt: hours on a CPU")
     parser.add_argument("--epochs", type=int, default=10, help="epochs of the heads")
     parser.add_argument("--labels", type=int, nargs="+", default=[20, 80, 320, 800])
     parser.add_argument("--seeds", type=int, default=3, help="runs per number of labels")
@@ -56,11 +55,14 @@ def main() -> None:
     torch.save(start.state_dict(), untrained)
 
     rows = probe_all(options, untrained, encoder)
+    encoders = {"random": untrained, "pre-trained": encoder}
     heads = {
-        name: train_heads(options, name, file) for name, file in (("random", untrained), ("run", encoder))
+        f"{name} encoder, {head}": train_heads(options, name, file, head)
+        for head in HEADS
+        for name, file in encoders.items()
     }
     print(probes := markdown(rows))
-    print(protocol := describe_heads(heads, options.head))
+    print(protocol := describe_heads(heads))
     flags = {"output": options.output / "few_labels", "pretrained": encoder, "encoder": ENCODER}
     flags |= {"seeds": options.seeds, "steps": options.steps, "lr": 1e-3}
     words = [f"--{key}={value}" for key, value in flags.items()]
@@ -89,34 +91,32 @@ def probe_all(options: argparse.Namespace, untrained: Path, encoder: Path) -> Ro
     return read_json(done)
 
 
-def train_heads(options: argparse.Namespace, name: str, file: Path) -> dict[str, float]:
+def train_heads(options: argparse.Namespace, name: str, file: Path, head: str) -> dict[str, float]:
     """A head for depth and one for masks on a frozen encoder: metric -> value of the last epoch."""
     train, test = options.scenes
     root = options.output / "labeled"
     run(f"-m pixio scenes folder {root} --train {train} --val {test} --seed 3 --size {FINE}")
     found = {}
-    for metric, program in HEADS.items():
-        output = options.output / f"{name}_{metric}"
+    for metric, program in TASKS.items():
+        output = options.output / f"{name}_{head}_{metric}"
         run(
             f"{program} --dataset folder --data_root {root} --encoder {ENCODER} --pretrained_ckp {file}"
-            f" --head {options.head} --crop_size {FINE} --batch_size 8 --batches_per_step 1"
-            f" --epochs {options.epochs} --eval_freq {options.epochs} --lr {LR[options.head]}"
-            f" --num_workers 0 --output_dir {output}"
+            f" {HEADS[head]} --crop_size {FINE} --batch_size 8 --batches_per_step 1"
+            f" --epochs {options.epochs} --eval_freq {options.epochs} --num_workers 0 --output_dir {output}"
         )
         found[metric] = read_json(output / "results.json")["last"][metric]
     return found
 
 
-def describe_heads(heads: dict[str, dict[str, float]], head: str) -> str:
+def describe_heads(heads: dict[str, dict[str, float]]) -> str:
     """Markdown table of the heads."""
-    lines = [f"| frozen encoder, {head} head | depth, abs. rel. error | masks, mIoU |", "|---|---|---|"]
-    for name, title in (("random", "random encoder"), ("run", "pre-trained encoder")):
-        lines.append(f"| {title} | {heads[name]['abs_rel']:.3f} | {heads[name]['miou']:.1f} |")
+    lines = ["| frozen encoder, head | depth, abs. rel. error | masks, mIoU |", "|---|---|---|"]
+    lines += [f"| {name} | {found['abs_rel']:.3f} | {found['miou']:.1f} |" for name, found in heads.items()]
     return "\n".join(lines) + "\n"
 
 
 def draw(options: argparse.Namespace, encoder: Path) -> None:
-    """Curves, reconstructions and features of the run, and what its heads predict."""
+    """Curves and reconstructions of the run, and what its DPT heads predict."""
     photos = write_photos(FINE, folder=options.output)
     latest = options.run / "checkpoints" / (options.run / "checkpoints/latest").read_text().strip()
     run(f"-m pixio curves {options.run} --output {options.output}/curves.png")
@@ -124,12 +124,8 @@ def draw(options: argparse.Namespace, encoder: Path) -> None:
         f"-m pixio reconstruct {photos} --checkpoint {latest} --mask_ratio 0.5"
         f" --output {options.output}/reconstruction.png"
     )
-    flags = f"--pretrained {encoder} --size {FINE} --smooth"
-    run(f"-m pixio pca {photos} {flags} --output {options.output}/pca.png")
-    depth, classes = (
-        Predictor.from_pretrained(options.output / f"run_{metric}/head.pth", encoder, mode="whole")
-        for metric in HEADS
-    )
+    heads = (options.output / f"pre-trained_dpt_{metric}/head.pth" for metric in TASKS)
+    depth, classes = (Predictor.from_pretrained(head, encoder, mode="whole") for head in heads)
     colors = torch.tensor(classes.class_colors, dtype=torch.uint8)  # [K, 3]
     panels = {
         "image": [to_tensor(read_image(photo)) for photo in photos.split()],
@@ -146,11 +142,11 @@ wrote this page from a run of `pretraining/scripts/pretrain_pixio_vitpico8_cpu.s
 patches, as in the demo:
 
 {probes}
-Heads (`--head {head}`) by `evaluation/`: {scenes[0]} rendered rooms of {FINE} pixels, {epochs} epochs of
-batch 8, measured on {scenes[1]} others:
+Heads on the frozen encoder by `evaluation/`, `{HEADS[linear]}` and `{HEADS[dpt]}`, on
+{scenes[0]} rendered rooms of {FINE} pixels, {epochs} epochs of batch 8, measured on {scenes[1]} others:
 
 {protocol}
-![Depth and classes that these heads predict for rooms never seen](../assets/hour_dense.png)
+![Depth and classes that the DPT heads predict for rooms never seen](../assets/hour_dense.png)
 
 Mean IoU of the whole network trained on few labeled rooms of 64 pixels, {steps} steps of 16 crops at
 lr 1e-3, mean ± standard deviation over {seeds} seeds:
@@ -167,8 +163,9 @@ lr 1e-3, mean ± standard deviation over {seeds} seeds:
 def update_docs(options: argparse.Namespace, **tables: str) -> None:
     """docs/hour.md, its pictures, and the points of the curves."""
     labels = " ".join(map(str, options.labels))
-    flags = f"--steps {options.steps} --seeds {options.seeds} --labels {labels}"
-    write_text("docs/hour.md", PAGE.format(**vars(options), FINE=FINE, flags=flags, **tables))
+    flags = f"--scenes {options.scenes[0]} {options.scenes[1]} --epochs {options.epochs}"
+    flags += f" --steps {options.steps} --seeds {options.seeds} --labels {labels}"
+    write_text("docs/hour.md", PAGE.format(**vars(options), FINE=FINE, HEADS=HEADS, flags=flags, **tables))
     for name in ("few_labels/few_labels", "reconstruction", "dense"):
         shutil.copy(options.output / f"{name}.png", f"assets/hour_{Path(name).name}.png")
     run(

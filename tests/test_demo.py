@@ -65,7 +65,7 @@ def test_the_page_of_the_hour_is_written_from_what_was_measured(tmp_path, monkey
     for folder in ("docs", "assets", "run/checkpoints", "run/measured/few_labels"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "run/checkpoints/latest").write_text("step_00000001\n")
-    for picture in ("few_labels/few_labels", "reconstruction", "pca"):
+    for picture in ("few_labels/few_labels", "reconstruction"):
         (tmp_path / f"run/measured/{picture}.png").write_bytes(b"")
     commands, labels = [], []
 
@@ -95,7 +95,7 @@ def test_the_page_of_the_hour_is_written_from_what_was_measured(tmp_path, monkey
     hour.main()
     page = (tmp_path / "docs/hour.md").read_text()
     assert "| raw pixels | 7.0 | 0.020 |" in page
-    assert "| pre-trained encoder | 0.250 | 31.3 |" in page
+    assert "| pre-trained encoder, dpt | 0.250 | 31.3 |" in page
     assert "| 2 | 21.0 ± 1.0 | 10.0 ± 0.0 |" in page
     assert {path.name for path in (tmp_path / "assets").iterdir()} == {
         "hour_few_labels.png",
@@ -106,4 +106,5 @@ def test_the_page_of_the_hour_is_written_from_what_was_measured(tmp_path, monkey
         assert (255, 0, 0) in {color for _, color in picture.getcolors(1 << 24)}
     assert labels[0].labels == (2, 4)
     assert labels[0].pretrained == "run/encoder.pth"
-    assert sum("--head linear" in command for command in commands) == 4
+    for head in ("linear", "dpt"):
+        assert sum(f"--head {head}" in command for command in commands) == 4

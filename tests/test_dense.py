@@ -109,9 +109,10 @@ def test_keys_and_shapes_of_a_linear_head():
 
 
 @torch.no_grad()
-def test_dpt_head_equals_its_description_written_out_with_plain_functions():
+@pytest.mark.parametrize("width", [256, 24])
+def test_dpt_head_equals_its_description_written_out_with_plain_functions(width):
     torch.manual_seed(0)
-    head = DPTHead(8, 2)
+    head = DPTHead(8, 2, width)
     maps = [torch.randn(1, 8, 5, 3) for _ in range(4)]
     w = head.state_dict()
 

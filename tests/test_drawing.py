@@ -246,7 +246,9 @@ def test_health_and_held_out_loss_are_drawn_over_the_points_of_an_expected_run(t
 
     (tmp_path / "run").mkdir()
     (tmp_path / "run/log.jsonl").write_text("".join(json.dumps(row(i)) + "\n" for i in range(1, 101)))
+    (tmp_path / "run/config.json").write_text(json.dumps({"lr": 0.1, "output_dir": str(tmp_path)}))
     curves.save_expected(tmp_path / "run", tmp_path / "expected.json")
+    assert json.loads((tmp_path / "expected.json").read_text())["config"] == {"lr": 0.1}
     points = curves.read_expected(tmp_path / "expected.json")
     np.testing.assert_array_equal(points["step"], range(10, 101, 10))
     np.testing.assert_allclose(points["loss"][4], np.mean([1 / i for i in range(45, 56)]), rtol=1e-3)

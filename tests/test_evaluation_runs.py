@@ -135,12 +135,19 @@ def test_a_saved_head_gives_its_metrics_again_whatever_the_window_batch(segmente
     assert_alike(again, results | {"evaluations": results["evaluations"][-1:]}, rel=1e-6, abs=0)
 
 
-def test_depth_is_evaluated_on_png_and_npy_with_a_dpt_head(trees, tmp_path):
-    results = eval_monodepth.main(depth(trees, tmp_path, "--head", "dpt", "--epochs", "1", "--panels", "1"))
+@pytest.mark.parametrize("width", [256, 16])
+def test_depth_is_evaluated_on_png_and_npy_with_a_dpt_head(trees, tmp_path, width):
+    flags = ["--head", "dpt", "--dpt_width", str(width), "--epochs", "1", "--panels", "1"]
+    results = eval_monodepth.main(depth(trees, tmp_path, *flags))
     assert results["blocks"] == [0, 2, 3, 5]
     assert 0 < results["last"]["rmse"] < 10
     assert results["evaluations"][0]["images"] == 3
     assert (tmp_path / "panels.png").is_file()
+    state = torch.load(tmp_path / "head.pth")["state"]
+    assert state["project.3.weight"].shape[0] == 4 * width
+    head = ["--head", str(tmp_path / "head.pth"), "--eval_only"]  # the file says how wide it is
+    again = eval_monodepth.main(depth(trees, tmp_path / "again", *head))
+    assert again["last"]["rmse"] == pytest.approx(results["last"]["rmse"], rel=1e-6)
 
 
 def test_evaluations_can_be_rarer_than_epochs_but_the_last_epoch_has_one(trees, tmp_path):

@@ -5,7 +5,7 @@ from typing import Literal
 
 from training_loop import TrainingConfig
 
-from pixio.dense import KINDS
+from pixio.dense.heads import KINDS, WIDTH
 from pixio.engine.config import option
 
 
@@ -31,6 +31,7 @@ class DenseConfig(TrainingConfig):
     )
     # head
     head: str = option("dpt", "linear, dpt, or the file of a trained head for --eval_only")
+    dpt_width: int = option(WIDTH, "channels of a DPT head; fewer are faster, 256 as published", ge=1)
     eval_only: bool = option(False, "only evaluate --head FILE, without training")
     crop_size: int = option(
         256, "size of crops and windows in pixels, rounded down to a multiple of the patch size", ge=1

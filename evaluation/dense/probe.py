@@ -150,10 +150,11 @@ def build_probe(config: DenseConfig, task: Task, runtime: Runtime) -> Probe:
         "outputs": task.output.count,
         **task.identity,
     }
-    head = make_head(kind, frozen.channels, task.output.count, runtime)
     if trained:
         check_same(trained.identity, identity, f"{config.head} was trained with", "give it the same")
-        head.load_state_dict(trained.state)
+        head = trained.make_head()
+    else:
+        head = make_head(kind, frozen.channels, task.output.count, runtime, config.dpt_width)
     name = f"{config.dataset}_{kind}_{Path(config.encoder).name}_{identity['encoder_sha256'][:8]}"
     name += f"_train_{config.train_blocks}" if config.tunes else ""
     output = Path(config.output_dir or f"runs/{name}{'_eval' if config.eval_only else ''}")

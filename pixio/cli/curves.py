@@ -127,7 +127,7 @@ def save_expected(log: str | Path, path: str | Path) -> None:
     Losses and gradient norms are means over the steps around a point, the others the nearest that was logged.
 
     Args:
-        log: `log.jsonl` file, or the folder it lies in; `config.json` beside it is told, too.
+        log: `log.jsonl` file, or the folder it lies in; `config.json` beside it is told too, but no folders.
         path: JSON file to write.
 
     Raises:
@@ -142,7 +142,9 @@ def save_expected(log: str | Path, path: str | Path) -> None:
             steps, values = series["step"][known], series[name][known]
             smooth = name in ("loss", "grad_norm")
             points[name] = [_around(steps, values, at, last / POINTS / 2 * smooth) for at in points["step"]]
-    write_json(path, {"config": read_json(config) if config.is_file() else {}, "points": points})
+    told = read_json(config) if config.is_file() else {}
+    where = ("output_dir", "log_dir")  # of this run: others will lie elsewhere
+    write_json(path, {"config": {k: v for k, v in told.items() if k not in where}, "points": points})
 
 
 def _around(steps: np.ndarray, values: np.ndarray, at: float, reach: float) -> float:

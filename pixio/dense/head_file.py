@@ -121,12 +121,15 @@ class HeadFile:
 
     def make_head(self) -> nn.Module:
         """The head with its weights, in evaluation mode."""
-        sizes = {key: self.identity[key] for key in ("head", "channels", "outputs")}
+        sizes = {"kind": self.identity["head"]}
+        sizes |= {key: self.identity[key] for key in ("channels", "outputs")}
         try:
+            if sizes["kind"] == "dpt":
+                sizes["width"] = self.state["fuse.0.mix.bias"].numel()
             with torch.device("meta"):  # nothing is allocated for sizes that the weights do not have
-                head = make_head(*sizes.values())
+                head = make_head(**sizes)
             head.load_state_dict({name: value.float() for name, value in self.state.items()}, assign=True)
-        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"the weights of the head do not fit {sizes}: {' '.join(str(error).split())}"
             ) from None

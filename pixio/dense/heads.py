@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 KINDS = ("linear", "dpt")
-PYRAMID = (256, 512, 1024, 1024)  # channels of the four maps of a DPT head, fine to coarse
-WIDTH = 256  # channels in which they are fused
+WIDTH = 256  # channels in which a DPT head fuses its four maps, as published
+PYRAMID = (1, 2, 4, 4)  # channels of the maps before, fine to coarse, in multiples of that
 
 
 def head_blocks(kind: str, depth: int) -> list[int]:
@@ -41,7 +41,9 @@ class SyncGroup(Protocol):
         """Collective: the mean of `tensor` over the ranks, detached."""
 
 
-def make_head(kind: str, channels: int, outputs: int, ranks: SyncGroup | None = None) -> nn.Module:
+def make_head(
+    kind: str, channels: int, outputs: int, ranks: SyncGroup | None = None, width: int = WIDTH
+) -> nn.Module:
     """Build a head with fresh weights.
 
     Args:
@@ -49,13 +51,14 @@ def make_head(kind: str, channels: int, outputs: int, ranks: SyncGroup | None = 
         channels: F of each feature map.
         outputs: O.
         ranks: processes that share the BatchNorm statistics of a linear head; None: each has its own.
+        width: of a DPT head.
 
     Raises:
         ValueError: unknown kind.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown head '{kind}': choose one of {', '.join(KINDS)}")
-    return LinearHead(channels, outputs, ranks) if kind == "linear" else DPTHead(channels, outputs)
+    return LinearHead(channels, outputs, ranks) if kind == "linear" else DPTHead(channels, outputs, width)
 
 
 class LinearHead(nn.Module):
@@ -124,23 +127,30 @@ class _RankMean(torch.autograd.Function):
 
 
 class DPTHead(nn.Module):
-    """Four feature maps, resampled to strides of 1/4, 1/2, 1 and 2 patches and fused from coarse to fine."""
+    """Four feature maps, resampled to strides of 1/4, 1/2, 1 and 2 patches and fused from coarse to fine.
 
-    def __init__(self, channels: int, outputs: int):
+    Args:
+        channels: F of each feature map.
+        outputs: O.
+        width: C, channels in which the maps are fused; computation grows with its square.
+    """
+
+    def __init__(self, channels: int, outputs: int, width: int = WIDTH):
         super().__init__()
-        self.project = nn.ModuleList(nn.Conv2d(channels, width, 1) for width in PYRAMID)
+        pyramid = [factor * width for factor in PYRAMID]
+        self.project = nn.ModuleList(nn.Conv2d(channels, each, 1) for each in pyramid)
         self.rescale = nn.ModuleList(
             [
-                nn.ConvTranspose2d(PYRAMID[0], PYRAMID[0], 4, stride=4),
-                nn.ConvTranspose2d(PYRAMID[1], PYRAMID[1], 2, stride=2),
+                nn.ConvTranspose2d(pyramid[0], pyramid[0], 4, stride=4),
+                nn.ConvTranspose2d(pyramid[1], pyramid[1], 2, stride=2),
                 nn.Identity(),
-                nn.Conv2d(PYRAMID[3], PYRAMID[3], 3, stride=2, padding=1),
+                nn.Conv2d(pyramid[3], pyramid[3], 3, stride=2, padding=1),
             ]
         )
-        self.reduce = nn.ModuleList(nn.Conv2d(width, WIDTH, 3, padding=1, bias=False) for width in PYRAMID)
-        self.fuse = nn.ModuleList(Fusion(WIDTH, has_skip=level < 3) for level in range(4))
+        self.reduce = nn.ModuleList(nn.Conv2d(each, width, 3, padding=1, bias=False) for each in pyramid)
+        self.fuse = nn.ModuleList(Fusion(width, has_skip=level < 3) for level in range(4))
         self.output = nn.Sequential(
-            nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.ReLU(), nn.Conv2d(WIDTH, outputs, 1)
+            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, outputs, 1)
         )
 
     def forward(self, features: list[Tensor], size: tuple[int, int]) -> Tensor:
@@ -150,11 +160,11 @@ class DPTHead(nn.Module):
             for x, project, rescale, reduce in zip(
                 features, self.project, self.rescale, self.reduce, strict=True
             )
-        ]  # [B, 256, 4h, 4w], [B, 256, 2h, 2w], [B, 256, h, w], [B, 256, ceil(h/2), ceil(w/2)]
+        ]  # [B, C, 4h, 4w], [B, C, 2h, 2w], [B, C, h, w], [B, C, ceil(h/2), ceil(w/2)]
         sizes = [tuple(2 * side for side in maps[0].shape[-2:])] + [x.shape[-2:] for x in maps[:-1]]
-        x = self.fuse[3](maps[3], None, sizes[3])  # [B, 256, h, w]
+        x = self.fuse[3](maps[3], None, sizes[3])  # [B, C, h, w]
         for level in (2, 1, 0):
-            x = self.fuse[level](x, maps[level], sizes[level])  # at last [B, 256, 8h, 8w]
+            x = self.fuse[level](x, maps[level], sizes[level])  # at last [B, C, 8h, 8w]
         return resize(self.output(x), size)
 
 
