@@ -90,7 +90,8 @@ class Round:
             self.cluster.call("scontrol", "update", f"NodeName={node}", f"State={state}", "Reason=campaign")
             if event == "node drain":
                 self.cluster.call("scontrol", "requeue", number)
-            time.sleep(self.rng.uniform(1, 5))
+            # on a node that is back before the last process of a job has left, SLURM would hold that job
+            time.sleep(self.rng.uniform(12, 16))
             self.cluster.call("scontrol", "update", f"NodeName={node}", "State=RESUME")
         self.cluster.wait(
             lambda: self.show(name, "Restarts") != restarts or self.state(name) in ENDED,
@@ -131,7 +132,10 @@ def one_round(number: int, script: str, folder: Path) -> dict[str, Any]:
         assert (here.state("whole"), len(expected)) == ("COMPLETED", STEPS)
         events: list[dict[str, Any]] = []
         names: list[str] = []
+        until = time.monotonic() + PATIENCE
         while len(events) < PER_ROUND or any(here.state(name) not in ENDED for name in names):
+            if time.monotonic() > until:
+                break  # what has not ended is a finding
             alive = [name for name in names if here.state(name) not in ENDED]
             if len(events) < PER_ROUND and len(alive) < 2:
                 names.append(f"job{len(names)}")
@@ -142,6 +146,7 @@ def one_round(number: int, script: str, folder: Path) -> dict[str, Any]:
                 event = rng.choice([each for each in EVENTS if low or each != "preemption"])
                 if done := here.disturb(name, event):
                     events.append(done)
+                    until = time.monotonic() + PATIENCE
                     print(f"round {number}, {script}: {done}", file=sys.stderr, flush=True)
             time.sleep(rng.uniform(0.5, 2))
         what = {name: here.findings(name, expected) for name in names}
