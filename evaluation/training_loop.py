@@ -32,6 +32,7 @@ _SINCE = {
     "encoder_lr": "None",
     "layer_decay": "0.75",
     "drop_path": "0.0",
+    "dpt_width": "256",
 }
 
 

@@ -171,6 +171,20 @@ def test_image_processor_of_a_rectangular_encoder_gives_its_size(tmp_path):
     assert stored["size"] == {"height": 32, "width": 64}
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "transformers"])
+def test_a_rectangular_encoder_comes_back_once_its_size_is_given(tmp_path, kind):
+    rectangular = PixioViT((32, 64), embed_dim=48, depth=1, num_heads=3).eval()
+    target = tmp_path / f"encoder.{kind}"
+    line = export(rectangular, target, kind).splitlines()[0]
+    if kind == "safetensors":
+        assert line == f"pixio.from_pretrained({str(target)!r}, img_size=(32, 64))"
+    with pytest.raises(ValueError, match=r"8 patch positions .* pass img_size=\(height, width\)"):
+        pixio.from_pretrained(target, num_heads=3)
+    again = pixio.from_pretrained(target, num_heads=3, img_size=(32, 64))
+    assert again.grid == rectangular.grid
+    torch.testing.assert_close(again.state_dict(), rectangular.state_dict(), rtol=0, atol=0)
+
+
 @torch.inference_mode()
 def test_the_examples_of_transformers_documentation_run_on_the_folder(model, folder, photo):
     processor = AutoImageProcessor.from_pretrained(folder)

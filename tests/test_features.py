@@ -22,6 +22,7 @@ from helpers import ALONE
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import pixio
 from pixio.engine.runtime import Runtime, place_frozen
@@ -36,7 +37,7 @@ from pixio.features import (
     write_folder,
 )
 from pixio.features.extraction import ARRAYS
-from pixio.features.store import FORMATS
+from pixio.features.store import FORMATS, StoredArray
 from pixio.images.inference import FITS, Transform
 
 SIZES = [(40, 64), (64, 40), (40, 64), (30, 30), (64, 64)]  # height, width
@@ -176,6 +177,19 @@ def test_features_are_read_back_by_image(folder, encoder, tmp_path, target):
         torch.testing.assert_close(embedding, tokens.mean(0))
     with pytest.raises(ValueError, match="holds no cls_tokens"):
         read_features(tmp_path / target, "cls_tokens")
+
+
+def test_an_array_over_several_files_is_read_like_one_in_memory(tmp_path):
+    whole = torch.arange(14.0).reshape(7, 2)
+    files = [tmp_path / f"{start}.safetensors" for start in (0, 3, 4)]
+    for file, part in zip(files, whole.split([3, 1, 3]), strict=True):
+        save_file({"x": part.clone()}, file)
+    array = StoredArray(files, "x")
+    assert array.shape == (7, 2)
+    for start in range(8):
+        for stop in range(8):
+            assert torch.equal(array[start:stop], whole[start:stop])
+    assert torch.equal(array[[6, 0, 3]], whole[[6, 0, 3]])
 
 
 @pytest.mark.parametrize("name", ["features.npz", "part_000000.embedding.npy"])

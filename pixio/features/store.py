@@ -361,6 +361,8 @@ class StoredArray:
             ]
             return torch.stack(found)
         start, stop, _ = rows.indices(len(self))
+        if start >= stop:
+            return self._parts[0][:0]
         first, last = bisect.bisect_right(self._starts, start) - 1, bisect.bisect_left(self._starts, stop)
         pieces = zip(self._parts[first:last], self._starts[first:last], strict=True)
         return torch.cat([part[max(start - begin, 0) : stop - begin] for part, begin in pieces])

@@ -108,13 +108,13 @@ def from_pretrained(
         source: as `pretrained` of the builders.
         num_heads: for sizes that are not in `list_models`, where the source does not name the heads either.
         dtype: of the weights; None = as stored.
-        **options: further arguments of `PixioViT`, such as `drop_path`.
+        **options: further arguments of `PixioViT`, such as `drop_path`; `img_size` where it is not square.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: see `pixio.weights.reading`; and unknown heads.
     """
     state, named_heads = reading.read_encoder(source)
-    sizes = loading.infer_sizes(state, source)
+    sizes = loading.infer_sizes(state, source, options.get("img_size"))
     heads = num_heads or named_heads or _HEADS.get((sizes["embed_dim"], sizes["depth"]))
     if heads is None:
         raise ValueError(

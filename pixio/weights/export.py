@@ -82,7 +82,9 @@ def export(
             remarks += _timm_remarks(model)
         else:
             _write_tensors(state, path)
-            line = f"pixio.from_pretrained({str(target)!r})"
+            size = sizes["img_size"]
+            told = "" if isinstance(size, int) else f", img_size={size}"
+            line = f"pixio.from_pretrained({str(target)!r}{told})"
     return _lines(line, remarks)
 
 

@@ -15,8 +15,15 @@ SIZES = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "mlp_ratio"
 _SIZE_KEYS = ("patch_embed.proj.weight", "cls_token", "pos_embed", "blocks.0.mlp.fc1.weight")
 
 
-def infer_sizes(state: State, source: str | Path) -> dict[str, Any]:
-    """Arguments of `PixioViT`, all but the heads, that a state dict was made with (square grids only).
+def infer_sizes(
+    state: State, source: str | Path, img_size: int | tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """Arguments of `PixioViT`, all but the heads, that a state dict was made with.
+
+    Args:
+        state: of the encoder.
+        source: of the state, for messages.
+        img_size: of an encoder whose grid is not square, which its tensors do not tell.
 
     Raises:
         ValueError: a tensor that shows them is missing or has an impossible shape.
@@ -33,13 +40,14 @@ def infer_sizes(state: State, source: str | Path) -> dict[str, Any]:
     n_cls_tokens, n_positions, hidden = cls_token.shape[1], positions.shape[1], fc1.shape[0]
     n_patches = n_positions - n_cls_tokens
     side = round(max(n_patches, 0) ** 0.5)
-    if side * side != n_patches or min(width, channels, patch_size, hidden, side) < 1:
+    if (side * side != n_patches and img_size is None) or min(width, channels, patch_size, hidden, side) < 1:
         raise ValueError(
             f"{source} is not a Pixio encoder: width {width}, {channels} channels, patches of {patch_size} "
-            f"pixels, MLP of {hidden}, {n_patches} patch positions (a square grid is expected)"
+            f"pixels, MLP of {hidden}, {n_patches} patch positions (a square grid is expected; for another, "
+            "pass img_size=(height, width) in pixels)"
         )
     return {
-        "img_size": side * patch_size,
+        "img_size": side * patch_size if img_size is None else img_size,
         "patch_size": patch_size,
         "in_chans": channels,
         "embed_dim": width,

@@ -304,7 +304,8 @@ def _inside(folder: Path, name: str, suffix: str = "") -> Path:
 
 def _check_config(config: dict[str, Any], state: State, path: Path) -> int | None:
     """The heads that a configuration of transformers names, after comparing the rest with the tensors."""
-    sizes = infer_sizes(state, path.parent)
+    size = config.get("image_size")
+    sizes = infer_sizes(state, path.parent, size if isinstance(size, list) else None)
     for key, expected in key_mapping.transformers_config(sizes).items():
         if key in config and config[key] not in (expected, [expected, expected]):
             raise ValueError(
