@@ -1,7 +1,7 @@
 """State dicts into modules: the sizes a state dict has, whether it fits a module exactly, filling it."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ _SIZE_KEYS = ("patch_embed.proj.weight", "cls_token", "pos_embed", "blocks.0.mlp
 
 
 def infer_sizes(
-    state: State, source: str | Path, img_size: int | tuple[int, int] | None = None
+    state: State, source: str | Path, img_size: int | Sequence[int] | None = None
 ) -> dict[str, Any]:
     """Arguments of `PixioViT`, all but the heads, that a state dict was made with.
 
