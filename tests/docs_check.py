@@ -190,7 +190,7 @@ def write_things(folder: Path) -> None:
     from pixio.synthetic.scenes import render
     from pixio.synthetic.trees import write_tree
 
-    names = "photos/1.png photos/2.jpg photos/3.png frames/one/1.jpg photo.jpg a.jpg a.png b.png"
+    names = "photos/1.png photos/2.jpg photos/3.png frames/one/1.jpg photo.jpg a.jpg b.jpg c.jpg a.png b.png"
     for seed, name in enumerate(names.split()):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(render(seed, 384).image).save(folder / name)
