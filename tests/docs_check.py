@@ -211,6 +211,7 @@ def write_things(folder: Path) -> None:
             (own / "depth").mkdir(exist_ok=True)
             np.save(own / "depth" / f"{seed}.npy", scene.depth.astype("float32"))
     programs = {
+        "evaluation/semseg/util/process_loveda.py": "data/loveda",
         "evaluation/eval_monodepth.py": f"--config {ROOT}/evaluation/monodepth/configs/nyuv2_linear.yaml"
         f" --data_root data/nyud --encoder {ENCODER} --pretrained_ckp pixio_vith16.pth"
         f" --output_dir runs/nyuv2 {DENSE} {SMALL}",
