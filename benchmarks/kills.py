@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -244,9 +245,17 @@ def _refuse(folder: Path, place: Place) -> Callable[[], None]:
         mode = folder.stat().st_mode
         folder.chmod(0o555)
         return lambda: folder.chmod(mode)
-    _mount("--bind", str(folder), str(folder))
-    _mount("-o", "remount,ro,bind", str(folder))
-    return lambda: _call("umount", "--lazy", str(folder))
+    release = partial(_call, "umount", "--lazy", str(folder))
+    for left in reversed(range(20)):
+        _mount("--bind", str(folder), str(folder))
+        try:
+            _mount("-o", "remount,ro,bind", str(folder))
+            break
+        except subprocess.CalledProcessError:  # the run has just opened a file there
+            release()
+            if not left:
+                raise
+    return release
 
 
 def _call(*command: str) -> None:
