@@ -4,8 +4,8 @@
 #   command    cd pretraining && bash scripts/pretrain_pixio_vitpico8_cpu.sh
 #              your own images: … --dataset_type folder --data_path /data/photos
 #   hardware   two CPU cores
-#   hours      1.4 measured: 6,000 steps of 64 images at 71 to 84 images/s, in float32 on one core of a busy AMD EPYC
-#   health     at lr 1e-3 the variance has its minimum, 0.065, at step 1,120, and ends at 0.17: docs/health.md
+#   hours      measured on one core: 0.35 in bfloat16 (AMD EPYC that computes in it, 332 images/s), 1.4 in float32 (busy AMD EPYC)
+#   health     at lr 1e-3 the variance has its minimum, 0.059, at step 880, and ends at 0.18: docs/health.md
 #   expect     training loss 0.61, further points in expected_hour.json; what it learns is in docs/hour.md
 # Further flags are passed on and override those below. The same command resumes a run that was stopped.
 set -euo pipefail
