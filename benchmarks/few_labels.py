@@ -132,7 +132,8 @@ def draw(path: Path, table: dict[str, dict[int, list[float]]]) -> None:
             means, spreads = [np.mean(v) for v in points.values()], [np.std(v) for v in points.values()]
             axes.errorbar(list(points), means, spreads, marker="o", capsize=3, label=side)
         axes.set(xscale="log", xlabel="labeled images", ylabel="mean IoU of held-out scenes, %")
-        axes.set_xticks(list(points), list(map(str, points)), minor=False)
+        axes.minorticks_off()  # their labels would lie over those of the points
+        axes.set_xticks(list(points), list(map(str, points)))
         open_axes(axes)
         axes.legend()
 
