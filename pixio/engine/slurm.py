@@ -3,7 +3,7 @@
 A job is a script and its arguments. SLURM warns it with SIGUSR2 before a time limit or a preemption: the
 program finishes its step, saves and exits (`pixio.engine.signals`), and the job requeues itself, as it does
 where the step never ends. A job that fails is requeued too, once it has saved a step, until it has failed
-`FAILURES` times without saving a later one. The next attempt resumes by itself, because its arguments, and so
+`_FAILURES` times without saving a later one. The next attempt resumes by itself, because its arguments, and so
 its output folder, are the same.
 """
 
@@ -36,7 +36,7 @@ _LEFT_BY_SHELLS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 # A warning that comes while Python starts would end the process: block it until the program handles it.
 _BLOCK_WARNING = "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2]); "
 _BLOCK_WARNING += "os.execv(sys.argv[1], sys.argv[1:])"
-FAILURES = 3  # after so many in a row without a later step saved, a job is not requeued
+_FAILURES = 3  # after so many in a row without a later step saved, a job is not requeued
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def _sbatch_options(config: LaunchConfig, setup: Sequence[str], output: Path) ->
         "additional_parameters": further,
         # A lost process would leave the others waiting; newer srun does not inherit the job's cores.
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={config.cpus_per_task}"],
-        "setup": [*setup],
+        "setup": list(setup),
         "teardown": [
             "status=$?",
             # 75: preempted; 255: has requeued itself
@@ -239,11 +239,11 @@ def _sbatch_options(config: LaunchConfig, setup: Sequence[str], output: Path) ->
             f"    echo $step >> {failures}",
             f"    number=$(grep -cx $step {failures})",
             '    echo "failed with status $status, failure ${number:-?} since step $step was saved" >&2',
-            f"    if (( step > 0 && number > 0 && number < {FAILURES} )); then",
+            f"    if (( step > 0 && number > 0 && number < {_FAILURES} )); then",
             '        echo "requeued" >&2',
             "        exec scontrol requeue $SLURM_JOB_ID",
             "    fi",
-            f'    echo "not requeued: no step is saved, or {FAILURES} failures since the last one" >&2',
+            f'    echo "not requeued: no step is saved, or {_FAILURES} failures since the last one" >&2',
             "fi",
             "exit $status",
         ],
