@@ -3,8 +3,8 @@
 A job is a script and its arguments. SLURM warns it with SIGUSR2 before a time limit or a preemption: the
 program finishes its step, saves and exits (`pixio.engine.signals`), and the job requeues itself, as it does
 where the step never ends. A job that fails is requeued too, once it has saved a step, until it has failed
-`_FAILURES` times without saving a later one. The next attempt resumes by itself, because its arguments, and so
-its output folder, are the same.
+`_FAILURES` times without saving a later one. The next attempt resumes by itself, because its arguments, and
+so its output folder, are the same.
 """
 
 import contextlib
