@@ -342,7 +342,11 @@ def kill(place: Place, run: Run, fault: str, rng: random.Random, seconds: float)
                 time.sleep(rng.uniform(0, 0.02))
                 break
         time.sleep(0.0005 if while_saving else 0.005)
-    whom, undo = strike(fault, run, place, rng)
+    try:
+        whom, undo = strike(fault, run, place, rng)
+    except BaseException:
+        run.close()
+        raise
     struck = time.monotonic()
     found: dict[str, Any] = {"fault": fault, "whom": whom, "what": []}
     if not run.wait(PATIENCE):
