@@ -147,9 +147,18 @@ def _decode_all(folder: Path) -> None:
         try:
             use(data)
         except DamagedDataError as error:
-            refusals.append(error)
+            refusals.append(_without_frames(error))
     if refusals:
         raise refusals[0]
+
+
+def _without_frames(error: BaseException) -> BaseException:
+    """An error, and what caused it, that no longer holds the pixels of the frames it came from."""
+    each: BaseException | None = error
+    while each:
+        each.__traceback__ = None
+        each = each.__cause__ or each.__context__
+    return error
 
 
 def _walk(data: bytes) -> None:
@@ -360,7 +369,7 @@ def _load(name: str) -> Callable[[Path], object]:
 
 
 _WEIGHTS = (ValueError, FileNotFoundError)
-_LARGEST = 2 << 30  # a progressive JPEG of MAX_PIXELS: 6 bytes of coefficients and 3 + 4 of pixels, each
+_LARGEST = 2 << 30  # MAX_PIXELS, three or four times in memory: as decoded, as bytes, as an array
 READERS = {
     "weights .pth": Reader(_load("x.pth"), weight_seeds.torch_files, _WEIGHTS, ZIP, slow=True),
     "weights .safetensors": Reader(
@@ -373,10 +382,10 @@ READERS = {
     "weights folder": Reader(_load(""), weight_seeds.weight_folders, _WEIGHTS, slow=True),
     "checkpoint": Reader(pixio.load_mae, weight_seeds.checkpoints, _WEIGHTS, ZIP, slow=True),
     "head file": Reader(_read_head, weight_seeds.heads, _WEIGHTS, ZIP, slow=True),
-    "jpeg": Reader(_decode_all, _jpegs, (DamagedDataError,), memory=_LARGEST),
+    "jpeg": Reader(_decode_all, _jpegs, (DamagedDataError,)),
     "png": Reader(_decode_all, _pngs, (DamagedDataError,), PNG, memory=_LARGEST),
     "webp": Reader(_decode_all, _webps, (DamagedDataError,), memory=_LARGEST),
-    "mask png": Reader(_read_mask, _pngs, (ValueError,), PNG, memory=_LARGEST),
+    "mask png": Reader(_read_mask, _pngs, (ValueError,), PNG),
     "depth png": Reader(_read_depth, _pngs, (ValueError,), PNG, memory=_LARGEST),
     "depth npy": Reader(_read_depth, _targets, (ValueError,)),
     "tar": Reader(_read_tar, _tars, (DamagedDataError,), TAR),
