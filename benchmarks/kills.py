@@ -6,25 +6,22 @@ not allowed a full disk is RLIMIT_FSIZE, and a folder is made read-only by its p
 """
 
 import contextlib
-import ctypes
 import json
 import multiprocessing
 import os
 import random
-import resource
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import disks
 import main_distill
 import main_pretrain
 import torch
@@ -211,7 +208,11 @@ def strike(fault: str, run: Run, place: Place, rng: random.Random) -> tuple[str,
         time.sleep(rng.uniform(0.1, 1.5))
         run.signal(signal.SIGCONT, some)
     elif fault == "disk full":
-        return "", fill(run, place, rng.randrange(CHECKPOINT))
+        left = rng.randrange(CHECKPOINT)
+        if place.mounted:
+            return "", disks.fill(place.work, left)
+        disks.limit_files([rank.pid for rank in run.ranks], left)
+        return "", lambda: None  # the limit ends with the processes
     else:
         folder = rng.choice([run.output, run.output / "checkpoints"])
         folder = folder if folder.exists() else place.work
@@ -219,51 +220,8 @@ def strike(fault: str, run: Run, place: Place, rng: random.Random) -> tuple[str,
             if folder != place.work:
                 shutil.rmtree(folder, ignore_errors=True)
             return folder.name, lambda: None
-        return folder.name, _refuse(folder, place)
+        return folder.name, disks.refuse(folder, place.mounted)
     return "all" if some == everyone else f"rank {some[0]}", lambda: None
-
-
-def fill(run: Run, place: Place, left: int) -> Callable[[], None]:
-    """Leave so many bytes on the disk, or let no file become larger; returns what frees it again."""
-    if not place.mounted:
-        for rank in run.ranks:
-            with contextlib.suppress(ProcessLookupError):
-                resource.prlimit(rank.pid, resource.RLIMIT_FSIZE, (left, resource.RLIM_INFINITY))
-        return lambda: None  # the limit ends with the processes
-    ballast = place.work / "ballast"
-    with open(ballast, "wb") as file:
-        for _ in range(100):  # the run may write meanwhile
-            with contextlib.suppress(OSError):
-                os.posix_fallocate(file.fileno(), 0, max(shutil.disk_usage(place.work).free - left, 1))
-                break
-    return ballast.unlink
-
-
-def _refuse(folder: Path, place: Place) -> Callable[[], None]:
-    """Let nobody write into a folder; returns what allows it again."""
-    if not place.mounted:
-        mode = folder.stat().st_mode
-        folder.chmod(0o555)
-        return lambda: folder.chmod(mode)
-    release = partial(_call, "umount", "--lazy", str(folder))
-    for left in reversed(range(20)):
-        _mount("--bind", str(folder), str(folder))
-        try:
-            _mount("-o", "remount,ro,bind", str(folder))
-            break
-        except subprocess.CalledProcessError:  # the run has just opened a file there
-            release()
-            if not left:
-                raise
-    return release
-
-
-def _call(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True)
-
-
-def _mount(*words: str) -> None:
-    _call("mount", *words)
 
 
 @contextlib.contextmanager
@@ -276,18 +234,8 @@ def places(base: Path | None = None) -> Iterator[Place]:
         write_tree("imagenet-tars", folder / "tars", 24, 0, size=32, per_tar=8)
         torch.manual_seed(0)
         torch.save(pixio.pixio_vitfemto8(img_size=32).state_dict(), folder / "teacher.pth")
-        mounted = (
-            ctypes.CDLL(None).unshare(0x20000) == 0
-        )  # CLONE_NEWNS: what is mounted ends with this process
-        if mounted:
-            _mount("--make-rprivate", "/")
-            _mount("-t", "tmpfs", "-o", f"size={DISK}m", "tmpfs", str(work))
-            _mount("-t", "tmpfs", "tmpfs", "/dev/shm")  # so that what is left there is known to be ours
-        try:
+        with disks.small_disk(work, DISK) as mounted:
             yield Place(folder, work, mounted)
-        finally:
-            if mounted:
-                _call("umount", "--lazy", str(work))
 
 
 # ----------------------------------------------------------------------------------------------- the campaign

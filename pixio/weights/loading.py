@@ -23,7 +23,7 @@ def infer_sizes(
     Args:
         state: of the encoder.
         source: of the state, for messages.
-        img_size: of an encoder whose grid is not square, which its tensors do not tell.
+        img_size: of an encoder whose grid is not square, which its tensors do not tell; else not looked at.
 
     Raises:
         ValueError: a tensor that shows them is missing or has an impossible shape.
@@ -40,14 +40,15 @@ def infer_sizes(
     n_cls_tokens, n_positions, hidden = cls_token.shape[1], positions.shape[1], fc1.shape[0]
     n_patches = n_positions - n_cls_tokens
     side = round(max(n_patches, 0) ** 0.5)
-    if (side * side != n_patches and img_size is None) or min(width, channels, patch_size, hidden, side) < 1:
+    img_size = side * patch_size if side * side == n_patches else img_size
+    if img_size is None or min(width, channels, patch_size, hidden, side) < 1:
         raise ValueError(
             f"{source} is not a Pixio encoder: width {width}, {channels} channels, patches of {patch_size} "
             f"pixels, MLP of {hidden}, {n_patches} patch positions (a square grid is expected; for another, "
             "pass img_size=(height, width) in pixels)"
         )
     return {
-        "img_size": side * patch_size if img_size is None else img_size,
+        "img_size": img_size,
         "patch_size": patch_size,
         "in_chans": channels,
         "embed_dim": width,
