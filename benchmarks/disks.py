@@ -15,7 +15,7 @@ _CLONE_NEWNS = 0x20000  # linux/sched.h: what is mounted ends with this process
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[bool]:
-    """A disk of `size` MiB on `folder`, and a /dev/shm, of this process alone; yields whether it may mount."""
+    """A disk of `size` MiB on `folder`, and a /dev/shm, of this process alone; yields whether it may."""
     mounted = ctypes.CDLL(None).unshare(_CLONE_NEWNS) == 0
     if mounted:
         _call("mount", "--make-rprivate", "/")

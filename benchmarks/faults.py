@@ -90,7 +90,9 @@ class Watch:
 def _short_of_memory(error: BaseException | None) -> str | None:
     """What failed for want of memory, also where it was turned into a documented error."""
     while error is not None:
-        if isinstance(error, MemoryError) or re.search("alloc", str(error)):
+        frames = traceback.extract_tb(error.__traceback__)
+        parser = bool(frames) and frames[-1].name == "parse"  # Python's says so of too many brackets
+        if (isinstance(error, MemoryError) and not parser) or re.search("alloc", str(error)):
             return f"{type(error).__name__} {error}"[:160]
         error = error.__cause__ or error.__context__
     return None

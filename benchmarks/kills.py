@@ -371,7 +371,7 @@ def kills(output: Path, kills: int, only: list[str]) -> int:
     torch.set_num_threads(1)
     end_workers_with_this_process()  # the runs, too, where the campaign itself is killed
     with places() as place, open(record, "a") as file:
-        if not place.mounted and os.geteuid() == 0:
+        if "read-only folder" in faults and not place.mounted and os.geteuid() == 0:
             faults.remove("read-only folder")
             print("not tried: a read-only folder (root may write anywhere, and cannot mount here)")
         while len(rows) < kills:

@@ -36,7 +36,8 @@ def open_depth(path: Path, units_per_meter: float) -> Raster:
     except OSError:
         raise
     except Exception as error:  # a header is a piece of Python, and fails in as many ways
-        raise ValueError(f"{path} is not a readable .npy file: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path} is not a readable .npy file: {reason}") from error
     if values.ndim != 2 or values.dtype.kind != "f":
         raise ValueError(
             f"{path} holds {values.dtype} {list(values.shape)}, expected floats [H, W] in meters"
