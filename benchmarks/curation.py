@@ -7,7 +7,7 @@
 3. The same recipe, for as many steps, on the curated stream (entropy above 4.5, soft sampling by the loss).
 
 Prints the share of each kind that a pass keeps, and the loss of both models on scenes that neither has seen
-(computed by `curate.py` too). Minutes on one CPU core.
+(computed by `curate.py` too). About five minutes on one CPU core.
 """
 
 import argparse

@@ -17,6 +17,7 @@ was. The exit status is 1 where something was found.
 """
 
 import argparse
+import ast
 import importlib
 import json
 import multiprocessing
@@ -91,7 +92,7 @@ def _short_of_memory(error: BaseException | None) -> str | None:
     """What failed for want of memory, also where it was turned into a documented error."""
     while error is not None:
         frames = traceback.extract_tb(error.__traceback__)
-        parser = bool(frames) and frames[-1].name == "parse"  # Python's says so of too many brackets
+        parser = bool(frames) and frames[-1].filename == ast.__file__  # says so of too many brackets
         if (isinstance(error, MemoryError) and not parser) or re.search("alloc", str(error)):
             return f"{type(error).__name__} {error}"[:160]
         error = error.__cause__ or error.__context__

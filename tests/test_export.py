@@ -171,6 +171,16 @@ def test_image_processor_of_a_rectangular_encoder_gives_its_size(tmp_path):
     assert stored["size"] == {"height": 32, "width": 64}
 
 
+def test_a_rectangle_of_a_square_number_of_patches_needs_its_size(tmp_path):
+    rectangular = PixioViT((32, 128), embed_dim=48, depth=1, num_heads=3).eval()  # 2 x 8 patches
+    export(rectangular, tmp_path / "encoder.safetensors", "safetensors")
+    again = pixio.from_pretrained(tmp_path / "encoder.safetensors", num_heads=3, img_size=(32, 128))
+    assert again.grid == (2, 8)
+    export(rectangular, tmp_path / "folder", "transformers")
+    with pytest.raises(ValueError, match=r"image_size is \[32, 128\], expected 64"):
+        pixio.from_pretrained(tmp_path / "folder")
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "transformers"])
 def test_a_rectangular_encoder_comes_back_once_its_size_is_given(tmp_path, kind):
     rectangular = PixioViT((32, 64), embed_dim=48, depth=1, num_heads=3).eval()
@@ -182,6 +192,11 @@ def test_a_rectangular_encoder_comes_back_once_its_size_is_given(tmp_path, kind)
         pixio.from_pretrained(target, num_heads=3)
     again = pixio.from_pretrained(target, num_heads=3, img_size=(32, 64))
     assert again.grid == rectangular.grid
+    if kind == "transformers":
+        config = json.loads((target / "config.json").read_text())
+        (target / "config.json").write_text(json.dumps(config | {"image_size": [1, 2]}))
+        with pytest.raises(ValueError, match="pass img_size"):
+            pixio.from_pretrained(target, num_heads=3, img_size=(32, 64))
     torch.testing.assert_close(again.state_dict(), rectangular.state_dict(), rtol=0, atol=0)
 
 

@@ -127,7 +127,7 @@ def save_expected(log: str | Path, path: str | Path) -> None:
     Losses and gradient norms are means over the steps around a point, the others the nearest that was logged.
 
     Args:
-        log: `log.jsonl` file, or the folder it lies in; `config.json` beside it is told too, but no folders.
+        log: `log.jsonl` file, or the folder it lies in; `config.json` beside it is told, not where it lay.
         path: JSON file to write.
 
     Raises:

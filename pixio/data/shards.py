@@ -102,8 +102,8 @@ class TarShard:
                     shutil.copyfileobj(remote, file, 1 << 20)
                 file.flush()
                 return
-            except OSError:
-                if not left:
+            except OSError as error:
+                if not left or error.errno is not None:  # not the command: a full disk, for example
                     raise
 
 

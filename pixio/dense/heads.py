@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 KINDS = ("linear", "dpt")
 WIDTH = 256  # channels in which a DPT head fuses its four maps, as published
-PYRAMID = (1, 2, 4, 4)  # channels of the maps before, fine to coarse, in multiples of that
+PYRAMID = (1, 2, 4, 4)  # channels of the four maps before fusion, fine to coarse, as multiples of it
 
 
 def head_blocks(kind: str, depth: int) -> list[int]:
@@ -51,7 +51,7 @@ def make_head(
         channels: F of each feature map.
         outputs: O.
         ranks: processes that share the BatchNorm statistics of a linear head; None: each has its own.
-        width: of a DPT head.
+        width: C of a DPT head.
 
     Raises:
         ValueError: unknown kind.

@@ -2,9 +2,9 @@
 
 A job is a script and its arguments. SLURM warns it with SIGUSR2 before a time limit or a preemption: the
 program finishes its step, saves and exits (`pixio.engine.signals`), and the job requeues itself, as it does
-where the step never ends. A job that fails is requeued too, once it has saved a step, until it has failed
-`_FAILURES` times without saving a later one. The next attempt resumes by itself, because its arguments, and
-so its output folder, are the same.
+where the step never ends. A job that fails is requeued too, if its folder holds a checkpoint, until it has
+failed `_FAILURES` times without saving a later one. The next attempt resumes by itself, because its
+arguments, and so its output folder, are the same.
 """
 
 import contextlib
@@ -243,7 +243,7 @@ def _sbatch_options(config: LaunchConfig, setup: Sequence[str], output: Path) ->
             '        echo "requeued" >&2',
             "        exec scontrol requeue $SLURM_JOB_ID",
             "    fi",
-            f'    echo "not requeued: no step is saved, or {_FAILURES} failures since the last one" >&2',
+            f'    echo "not requeued: nothing saved, {_FAILURES} failures since, or no way to count" >&2',
             "fi",
             "exit $status",
         ],

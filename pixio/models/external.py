@@ -87,7 +87,7 @@ def _load_pixio(name: str, pretrained: str | Path | None, options: dict[str, Any
     if pretrained is None:
         return registry.create_model(name, **options)
     state, named_heads = reading.read_encoder(pretrained)
-    sizes = loading.infer_sizes(state, pretrained)
+    sizes = loading.infer_sizes(state, pretrained, options.get("img_size"))
     with torch.device("meta"):
         model = registry.create_model(
             name, **{key: sizes[key] for key in ("img_size", "n_cls_tokens")} | options

@@ -170,7 +170,7 @@ def load_mae(
             f"{path} does not name its model, and heads cannot be inferred from tensors: "
             "pass num_heads and decoder_num_heads (the published decoder has 16)"
         )
-    sizes = loading.infer_sizes(encoder_state, path)
+    sizes = loading.infer_sizes(encoder_state, path, options.get("img_size"))
     mask_grid = options.pop("mask_grid", config.get("mask_grid", 4))
     norm_pix_loss = options.pop("norm_pix_loss", config.get("norm_pix_loss", True))
     width = decoder_state["decoder_embed.weight"].shape[0]

@@ -23,7 +23,7 @@ def infer_sizes(
     Args:
         state: of the encoder.
         source: of the state, for messages.
-        img_size: of an encoder whose grid is not square, which its tensors do not tell; else not looked at.
+        img_size: of an encoder whose grid is not square, which tensors do not tell; only if it fits.
 
     Raises:
         ValueError: a tensor that shows them is missing or has an impossible shape.
@@ -40,15 +40,17 @@ def infer_sizes(
     n_cls_tokens, n_positions, hidden = cls_token.shape[1], positions.shape[1], fc1.shape[0]
     n_patches = n_positions - n_cls_tokens
     side = round(max(n_patches, 0) ** 0.5)
-    img_size = side * patch_size if side * side == n_patches else img_size
-    if img_size is None or min(width, channels, patch_size, hidden, side) < 1:
+    given = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size or ())
+    if not _fits(given, patch_size, n_patches):
+        given = (side * patch_size, side * patch_size) if side * side == n_patches else ()
+    if not given or min(width, channels, patch_size, hidden, side) < 1:
         raise ValueError(
             f"{source} is not a Pixio encoder: width {width}, {channels} channels, patches of {patch_size} "
             f"pixels, MLP of {hidden}, {n_patches} patch positions (a square grid is expected; for another, "
             "pass img_size=(height, width) in pixels)"
         )
     return {
-        "img_size": img_size,
+        "img_size": given[0] if given[0] == given[1] else given,
         "patch_size": patch_size,
         "in_chans": channels,
         "embed_dim": width,
@@ -56,6 +58,13 @@ def infer_sizes(
         "mlp_ratio": hidden / width,
         "n_cls_tokens": n_cls_tokens,
     }
+
+
+def _fits(size: tuple[Any, ...], patch_size: int, n_patches: int) -> bool:
+    """Whether images of a (height, width) have so many patches; the pair may come from a file."""
+    if len(size) != 2 or patch_size < 1 or any(type(side) is not int or side % patch_size for side in size):
+        return False
+    return min(size) > 0 and (size[0] // patch_size) * (size[1] // patch_size) == n_patches
 
 
 def count_blocks(state: State, blocks: str) -> int:

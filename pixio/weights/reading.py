@@ -119,7 +119,7 @@ class _BoundedReader(io.BufferedReader):
 
     def read(self, size: int | None = -1) -> bytes:
         if size is not None and size > io.DEFAULT_BUFFER_SIZE:
-            size = min(size, os.fstat(self.fileno()).st_size - self.tell())
+            size = min(size, max(os.fstat(self.fileno()).st_size - self.tell(), 0))
         return super().read(size)
 
 
@@ -304,9 +304,14 @@ def _inside(folder: Path, name: str, suffix: str = "") -> Path:
 
 def _check_config(config: dict[str, Any], state: State, path: Path) -> int | None:
     """The heads that a configuration of transformers names, after comparing the rest with the tensors."""
-    size = config.get("image_size")
-    sizes = infer_sizes(state, path.parent, size if isinstance(size, list) else None)
+    try:
+        sizes = infer_sizes(state, path.parent)
+    except ValueError:
+        if not isinstance(size := config.get("image_size"), list):
+            raise
+        sizes = infer_sizes(state, path.parent, size)  # the grid is not square
     for key, expected in key_mapping.transformers_config(sizes).items():
+        expected = list(expected) if isinstance(expected, tuple) else expected
         if key in config and config[key] not in (expected, [expected, expected]):
             raise ValueError(
                 f"{path}: {key} is {config[key]!r:.80}, expected {expected!r} for the tensors beside it"
