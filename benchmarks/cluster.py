@@ -176,6 +176,8 @@ def cluster(output: Path, events: int) -> int:
             rows.append(one_round(len(rows), SCRIPTS[len(rows) % len(SCRIPTS)], folder))
         with open(record, "a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
+        if not rows[-1]["events"]:
+            break  # nothing could be disturbed: another round would not end either
     print("| script | jobs | disturbances | starts | findings |\n|---|---|---|---|---|")
     table = []
     for script in SCRIPTS:

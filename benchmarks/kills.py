@@ -366,6 +366,8 @@ def kills(output: Path, kills: int, only: list[str]) -> int:
     """So many kills, two for each run; returns the number of findings. Goes on where the last call ended."""
     record = output / "kills.jsonl"
     rows = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    if unknown := set(only) - set(FAULTS):
+        raise SystemExit(f"no such fault: {', '.join(unknown)}; choose from {', '.join(FAULTS)}")
     faults = [fault for fault in FAULTS if not only or fault in only]
     references: dict[tuple[str, int, str], Reference] = {}
     torch.set_num_threads(1)
@@ -374,6 +376,8 @@ def kills(output: Path, kills: int, only: list[str]) -> int:
         if "read-only folder" in faults and not place.mounted and os.geteuid() == 0:
             faults.remove("read-only folder")
             print("not tried: a read-only folder (root may write anywhere, and cannot mount here)")
+            if not faults:
+                return 0
         while len(rows) < kills:
             number = len(rows) // 2
             variant = VARIANTS[number % len(VARIANTS)]
@@ -406,6 +410,7 @@ def table(rows: list[dict[str, Any]], file: Path, mounted: bool) -> int:
         lost, slowest = max(row.get("lost", 0) for row in its), max(row["seconds"] for row in its)
         found = {"fault": fault, "kills": len(its), "findings": len(what), "lost": lost, "slowest": slowest}
         faults.append({**found, "kinds": what})
-        print(f"| {fault} | {len(its)} | {len(what)} | {lost} | {slowest:.1f} s |")
+        shown = "all" if fault == "folder removed" else lost  # what was in it
+        print(f"| {fault} | {len(its)} | {len(what)} | {shown} | {slowest:.1f} s |")
     write_json(file, {"faults": faults, "disk": "tmpfs" if mounted else "RLIMIT_FSIZE"})
     return sum(row["findings"] for row in faults)

@@ -416,6 +416,7 @@ def test_counts_are_a_warning_or_an_error(trees, tmp_path, capsys):
     [
         ("--head convolution", "neither linear nor dpt"),
         ("--head linear --eval_only", "--eval_only needs the file of a trained head"),
+        ("--head linear --dpt_width 32", "--dpt_width 32 needs --head dpt, found --head linear"),
         ("--epochs 0", "--epochs must be a positive integer, found 0"),
         ("--seed -1", "--seed must be a non-negative integer, found -1"),
         ("--nclass 0", "--nclass must be an integer of at least 1 and of at most 255, found 0"),

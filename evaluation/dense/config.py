@@ -31,7 +31,7 @@ class DenseConfig(TrainingConfig):
     )
     # head
     head: str = option("dpt", "linear, dpt, or the file of a trained head for --eval_only")
-    dpt_width: int = option(WIDTH, "channels of a DPT head; fewer are faster, 256 as published", ge=1)
+    dpt_width: int = option(WIDTH, "channels of a DPT head, as published; fewer are faster", ge=1)
     eval_only: bool = option(False, "only evaluate --head FILE, without training")
     crop_size: int = option(
         256, "size of crops and windows in pixels, rounded down to a multiple of the patch size", ge=1
@@ -47,3 +47,5 @@ class DenseConfig(TrainingConfig):
         if not self.eval_only and self.head not in KINDS:
             kinds = " nor ".join(KINDS)
             raise ValueError(f"--head {self.head} is neither {kinds}; a trained head needs --eval_only")
+        if self.dpt_width != WIDTH and self.head != "dpt":
+            raise ValueError(f"--dpt_width {self.dpt_width} needs --head dpt, found --head {self.head}")
